@@ -1,0 +1,1 @@
+"""Reading, preparing and batching of volumes and their texts."""

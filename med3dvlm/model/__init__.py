@@ -1,0 +1,1 @@
+"""Models: encoders, projectors, the dual encoder, the language model, and their checkpoints."""

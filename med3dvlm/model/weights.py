@@ -1,0 +1,182 @@
+"""Weight files: reading and writing them whole, and loading them strictly into modules.
+
+A full checkpoint holds its weights in `model.safetensors`, in shards named by `model.safetensors.index.json`, or in
+`pytorch_model.bin` (one file or shards). Single files are `.safetensors` or `.bin` (a dict written by `torch.save`)
+by their ending. Files appear under their name only when they are complete.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# In the order they are looked for.
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that isn't what was asked for, or can't be read."""
+
+
+@contextmanager
+def written_atomically(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path`, moved onto it only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` or `.bin` file; on device "meta" their shapes and dtypes only, no data is read.
+
+    Raises:
+        CheckpointError: missing, damaged, another ending, or a `.bin` that holds more than a dict of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path) if device == "cpu" else _safetensors_header(path)
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: not a readable weight file ({error})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    return tensors
+
+
+def _safetensors_header(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        return {
+            key: torch.empty(entry.get_shape(), dtype=SAFETENSORS_DTYPES[entry.get_dtype()], device="meta")
+            for key, entry in slices.items()
+        }
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Write a `.safetensors` or `.bin` file, atomically. Raises CheckpointError for another ending."""
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".bin"):
+        raise CheckpointError(f"{path}: the name of a weight file ends with .safetensors or .bin")
+    owned = {key: _owned(tensor) for key, tensor in tensors.items()}
+    with written_atomically(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(owned, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(owned, temporary)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, in memory of its own (views of a larger buffer would be written whole)."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def read_weights(folder: str | Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a folder in the published layout; on device "meta" without their data.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing or lacks tensors of the index, or see `read_tensors`.
+    """
+    found = [Path(folder) / name for name in WEIGHT_FILES if (Path(folder) / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    if found[0].suffix != ".json":
+        return read_tensors(found[0], device)
+    index = json.loads(found[0].read_text())["weight_map"]
+    tensors = {}
+    for shard in sorted(set(index.values())):
+        tensors |= read_tensors(Path(folder) / shard, device)
+    lost = sorted(set(index) - set(tensors))
+    if lost:
+        raise CheckpointError(f"{found[0]}: in none of the shards it names: {', '.join(lost)}")
+    return tensors
+
+
+def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str = "5GB") -> None:
+    """Write `model.safetensors`, or shards with their index, and remove weights that were there before."""
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    patterns = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "*.index.json")
+    stale = {file for pattern in patterns for file in folder.glob(pattern)}
+    for name, keys in plan.filename_to_tensors.items():
+        write_tensors({key: tensors[key] for key in keys}, folder / name)
+        stale.discard(folder / name)
+    for file in stale:
+        file.unlink()
+    if plan.is_sharded:
+        write_json({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, folder / WEIGHT_FILES[1])
+
+
+def write_json(value: Any, path: Path) -> None:
+    with written_atomically(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def load_strict(
+    module: nn.Module, tensors: dict[str, Tensor], source: str, optional: Iterable[str] = (), assign: bool = False
+) -> None:
+    """Load tensors that must be exactly the module's.
+
+    Args:
+        source: where they came from, for the error.
+        optional: keys that may be missing (the second name of a tied tensor).
+        assign: make them the module's own (dtypes included) instead of copying the values.
+    Raises:
+        CheckpointError: names every missing, unexpected and wrongly shaped key.
+    """
+    expected = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
+    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    missing = [key for key in expected if key not in found and key not in set(optional)]
+    unexpected = [key for key in found if key not in expected]
+    misshaped = [
+        f"{key} (expected {expected[key]}, found {shape})"
+        for key, shape in found.items()
+        if key in expected and expected[key] != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
+    if any(problems.values()):
+        lines = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"{source} doesn't fit {type(module).__name__}: {lines}")
+    module.load_state_dict(tensors, strict=False, assign=assign)
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """`state_dict()`, with the shards of DeepSpeed ZeRO-3 gathered (then to be called on every rank)."""
+    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return module.state_dict()
+    from deepspeed.zero import GatheredParameters  # here: only trained with where it is installed
+
+    with GatheredParameters(sharded):
+        return {key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()}
+
+
+def parameters_on_meta() -> AbstractContextManager:
+    """Modules built inside have parameters without memory, to be assigned; buffers are real."""
+    from accelerate import init_empty_weights  # here: imports much that plain use of the models doesn't need
+
+    return init_empty_weights(include_buffers=False)

@@ -1,0 +1,82 @@
+"""Stage 1: contrastive training of the image encoder on image-report pairs (SigLIP or CLIP loss). Everything trains.
+
+    python -m med3dvlm.train.clip --data_root data --cap_data_path data/M3D_Cap_npy/M3D_Cap.json
+
+Writes a dual encoder in the published layout (`config.json`, `model.safetensors`, tokenizer) and `pretrained_ViT.bin`,
+the image encoder for the next stages, into `--output_dir`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from transformers import set_seed
+
+from med3dvlm.data.collate import collate_pairs
+from med3dvlm.data.datasets import PairDataset
+from med3dvlm.data.manifest import read_caption_manifest
+from med3dvlm.data.preprocess import PreprocessConfig
+from med3dvlm.model.checkpoint import save_vision_encoder
+from med3dvlm.model.clip import CLIPModel
+from med3dvlm.processing import load_tokenizer
+from med3dvlm.train.arguments import CLIPModelArguments, CLIPTrainingArguments, PairDataArguments, parse_stage
+from med3dvlm.train.trainer import StageTrainer, log_to_console
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(args: CLIPModelArguments) -> CLIPModel:
+    """A new dual encoder with the weights of the named text encoder, or the one to continue from."""
+    if args.pretrained_model:
+        return CLIPModel.from_pretrained(args.pretrained_model)
+    return CLIPModel.from_text_encoder(
+        args.language_model_name_or_path,
+        vision_encoder=args.vision_encoder,
+        vision_variant=args.vision_variant,
+        input_size=args.input_size,
+        dim=args.dim,
+        depth=args.depth,
+        patch_size=args.patch_size,
+        hidden_size=args.hidden_size,
+        loss_type=args.loss_type,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the stage; returns its metrics (`train_loss`, `train_runtime` in seconds, `bad_samples`, ...)."""
+    classes = (CLIPModelArguments, PairDataArguments, CLIPTrainingArguments)
+    model_args, data_args, training_args = parse_stage("clip", classes, argv, __doc__)
+    log_to_console()
+    set_seed(training_args.seed)
+
+    tokenizer = load_tokenizer(model_args.pretrained_model or model_args.language_model_name_or_path)
+    model = build_model(model_args)
+    preprocess = PreprocessConfig("published", model_args.volume_size)
+    dataset = PairDataset(
+        read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train"),
+        tokenizer,
+        data_args.max_length,
+        preprocess,
+        shuffled=True,
+        seed=training_args.seed,
+        augmented=data_args.augment,
+        max_bad_samples=data_args.max_bad_samples,
+    )
+    logger.info("%d image-report pairs; preprocessing: %s", len(dataset), preprocess)
+    trainer = StageTrainer(model, training_args, dataset, partial(collate_pairs, tokenizer=tokenizer))
+    metrics = trainer.run()
+
+    output = Path(training_args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(output, is_main_process=training_args.should_save)
+    save_vision_encoder(model, output / "pretrained_ViT.bin")
+    if training_args.should_save:
+        tokenizer.save_pretrained(output)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The Trainer of all stages: checkpoints that can be trusted, data sets that know the epoch, batches of like lengths."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
+from med3dvlm.train.arguments import COMPLETE, StageTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "trained.safetensors"  # what a checkpoint of a language-model stage holds: all that trains, nothing frozen
+
+
+class MixedDataset(ConcatDataset):
+    """Several data sets one after the other, that are told the epoch and report what they skipped."""
+
+    def set_epoch(self, epoch: int) -> None:
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+    @property
+    def bad_samples(self) -> list[str]:
+        return [line for dataset in self.datasets for line in dataset.bad_samples]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [length for dataset in self.datasets for length in dataset.lengths]
+
+
+class CheckpointCallback(TrainerCallback):
+    """Tells the data set its epoch, and marks a checkpoint as complete once everything of it is written."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class StageTrainer(Trainer):
+    """HF Trainer for the contrastive stage: whole checkpoints in the published layout.
+
+    Args:
+        train_dataset: has `set_epoch`, `bad_samples` and, where batches of like lengths pay, `lengths`.
+    """
+
+    def __init__(self, model: nn.Module, args: StageTrainingArguments, train_dataset, data_collator):
+        callbacks = [CheckpointCallback(train_dataset)]
+        super().__init__(model, args, data_collator, train_dataset, callbacks=callbacks)
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return LengthGroupedSampler(batch, lengths=lengths, generator=generator)
+
+    def run(self) -> dict[str, float]:
+        """Train from the start or the asked checkpoint; returns the stage's metrics and writes `trainer_state.json`."""
+        checkpoint = self.args.checkpoint_to_resume()
+        if checkpoint:
+            logger.info("continuing from %s", checkpoint)
+        metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        self.save_state()
+        skipped = self.train_dataset.bad_samples
+        if skipped:
+            logger.warning("%d samples could not be read and were skipped:\n%s", len(skipped), "\n".join(skipped))
+        return metrics | {"bad_samples": len(skipped)}
+
+
+class TrainedOnlyTrainer(StageTrainer):
+    """As `StageTrainer`, but a checkpoint holds what trains and no frozen weight (of a 7B model that is 28 GB)."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        keys = trained_keys(self.model)
+        write_tensors({key: state_dict[key] for key in keys}, Path(output_dir or self.args.output_dir) / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint) / TRAINED
+        stored, expected = read_tensors(file), set(trained_keys(self.model))
+        if stored.keys() != expected:
+            raise CheckpointError(
+                f"{file} is of another run: missing {sorted(expected - stored.keys())}, "
+                f"unexpected {sorted(stored.keys() - expected)}"
+            )
+        (model or self.model).load_state_dict(stored, strict=False)
+
+
+def trained_keys(model: nn.Module) -> list[str]:
+    """State-dict keys of all trainable parameters and of the buffers (batch norm statistics) beside them."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    persistent = model.state_dict().keys()
+
+    def trains(buffer: str) -> bool:
+        module = buffer.rpartition(".")[0]
+        return any(f"{module}.{leaf}" in trainable for leaf in ("weight", "bias"))
+
+    buffers = [name for name, _ in model.named_buffers() if name in persistent and trains(name)]
+    return sorted(trainable) + sorted(buffers)
+
+
+def log_to_console() -> None:
+    """Show the package's messages on the terminal, once, on the first process only."""
+    package = logging.getLogger("med3dvlm")
+    if not package.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    package.setLevel(logging.INFO if first else logging.ERROR)

@@ -1,0 +1,141 @@
+"""Manifests: reading, missing files, renaming."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from med3dvlm.data import manifest
+from med3dvlm.data.manifest import ManifestError, read_caption_manifest, read_vqa_csv, rename_manifest
+from tests.helpers.tiny_data import VQA_COLUMNS, write_prepared_tree, write_table
+
+COMMAND = Path(manifest.__file__).parents[2] / "utls" / "rename_csv.py"
+ROW = ["a.nii.gz", "a, \"b\"\nsecond line", 4, "What is it?", "cyst", "None", "NA", "", "None", "B"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_prepared_tree(tmp_path / "root")
+
+
+def rename_main():
+    spec = importlib.util.spec_from_file_location("rename_csv", COMMAND)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_caption_records(root):
+    records = read_caption_manifest(root / "M3D_Cap_npy/M3D_Cap.json", root, "test")
+    assert [Path(r.image).is_file() for r in records] == [True, True]
+    assert records[1].row == "test[1]" and "case 3" in records[1].read_text()
+
+
+def test_cells_are_text(tmp_path):
+    """"None" and "NA" are words; only as a choice does "NA", or nothing, mean that there is none."""
+    (tmp_path / "a.nii.gz").touch()
+    (record,) = read_vqa_csv(write_table(tmp_path / "q.csv", [ROW]), tmp_path)
+    assert record.choices == ("cyst", "None", None, None)
+    assert (record.answer, record.answer_choice, record.question_type) == ("None", "B", 4)
+    answer = ROW[:8] + ["NA", "C"]
+    (record,) = read_vqa_csv(write_table(tmp_path / "q.csv", [answer]), tmp_path)
+    assert record.answer == "NA"
+
+
+def test_index_and_note_columns_and_byte_order_mark(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    path = write_table(tmp_path / "q.csv", [[7, *ROW, "a note"]], ["", *VQA_COLUMNS, "Note"])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_vqa_csv(path, tmp_path)[0].question == "What is it?"
+
+
+def test_missing_files_are_named_with_manifest_and_row(root):
+    json_path, csv_path = root / "M3D_Cap_npy/M3D_Cap.json", root / "M3D-VQA/M3D_VQA_test.csv"
+    record = read_vqa_csv(csv_path, root)[1]
+    Path(record.image).unlink()
+    with pytest.raises(ManifestError, match=r"M3D_VQA_test\.csv, row 1 \(line 3\): .*000003/Axial_C\.nii\.gz"):
+        read_vqa_csv(csv_path, root)
+    with pytest.raises(ManifestError, match=r"M3D_Cap\.json, row test\[1\]: .*000003/Axial_C\.nii\.gz"):
+        read_caption_manifest(json_path, root, "test")
+    assert len(read_vqa_csv(csv_path, root, check_files=False)) == 2
+    (root / "M3D_Cap_npy/ct_case/000002/text.txt").unlink()
+    with pytest.raises(ManifestError, match=r"000002/text\.txt does not exist \(and 1 more\)"):
+        read_caption_manifest(json_path, root, "test")
+
+
+def test_forgotten_renaming_is_pointed_out(root):
+    path = root / "M3D_Cap_npy/M3D_Cap.json"
+    path.write_text(path.read_text().replace(".nii.gz", ".npy"))
+    with pytest.raises(ManifestError, match="utls/rename_csv.py"):
+        read_caption_manifest(path, root, "train")
+
+
+@pytest.mark.parametrize("content, reason", [
+    ("{", "cannot be read"), ("[]", "expected a list under 'test', found list"), ('{"train": []}', "found train"),
+    ('{"test": [{"image": "x"}]}', r"row test\[0\]"),
+])  # fmt: skip
+def test_bad_json(tmp_path, content, reason):
+    (tmp_path / "m.json").write_text(content)
+    with pytest.raises(ManifestError, match=reason):
+        read_caption_manifest(tmp_path / "m.json", tmp_path, "test")
+
+
+def test_bad_csv(tmp_path):
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_vqa_csv(tmp_path / "none.csv", tmp_path)
+    with pytest.raises(ManifestError, match="lacks the columns Question Type, Answer Choice"):
+        read_vqa_csv(write_table(tmp_path / "q.csv", [], ["Image Path", "Question", "Answer"]), tmp_path)
+    with pytest.raises(ManifestError, match=r"row 0 \(line 3\): ends before the column Answer"):
+        read_vqa_csv(write_table(tmp_path / "q.csv", [ROW[:6]]), tmp_path)
+
+
+def test_rename_changes_the_path_column_only(tmp_path):
+    """Other text that mentions .npy, quotes, line breaks and "NA" stay; a second run changes nothing."""
+    text = "stored as x.npy, \"quoted\"\nmore"
+    row = ["ct_case/1/A.npy.npy", text, 1, "Is it x.npy?", "a.npy", "NA", "None", "", "x.npy", "A"]
+    path = write_table(tmp_path / "q.csv", [row, ["b.nii.gz", *row[1:]]])
+    expected = write_table(tmp_path / "e.csv", [["ct_case/1/A.npy.nii.gz", *row[1:]], ["b.nii.gz", *row[1:]]])
+    assert rename_manifest(path) == 1
+    assert path.read_bytes() == expected.read_bytes()
+    assert rename_manifest(path) == 0
+    assert path.read_bytes() == expected.read_bytes()
+
+
+def test_rename_json(tmp_path):
+    data = {"train": [{"image": "M3D_Cap_npy/ct_case/1/X.npy", "text": "M3D_Cap_npy/ct_case/1/text.npy"}], "test": []}
+    (tmp_path / "m.json").write_text(json.dumps(data))
+    assert rename_manifest(tmp_path / "m.json") == 1
+    data["train"][0]["image"] = "M3D_Cap_npy/ct_case/1/X.nii.gz"
+    assert json.loads((tmp_path / "m.json").read_text()) == data
+    before = (tmp_path / "m.json").read_bytes()
+    assert rename_manifest(tmp_path / "m.json") == 0 and (tmp_path / "m.json").read_bytes() == before
+
+
+def test_rename_command_takes_both_forms_files_and_folders(tmp_path, capsys):
+    main = rename_main()
+    for name in ("a.csv", "b.csv", "folder/c.csv"):
+        write_table(tmp_path / name, [["x.npy", *ROW[1:]]])
+    (tmp_path / "folder/m.json").write_text('{"train": [{"image": "x.npy", "text": "t"}]}')
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.csv", "folder")]
+    assert main([paths[0], "--csv_path", *paths[1:]]) == 0
+    assert capsys.readouterr().out.count("1 paths changed") == 4
+    assert main(["--csv_path", *paths]) == 0
+    assert capsys.readouterr().out.count("0 paths changed") == 4
+    assert main([str(tmp_path / "missing.csv")]) == 1
+    assert "missing.csv" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])
+
+
+def test_interrupted_rename_keeps_the_old_file(tmp_path, monkeypatch):
+    path = write_table(tmp_path / "q.csv", [["x.npy", *ROW[1:]]])
+    before = path.read_bytes()
+
+    def full_disk(source, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(ManifestError, match="no space left"):
+        rename_manifest(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["q.csv"]

@@ -1,0 +1,130 @@
+"""The processor: image tokens, prompts, labels, batches for generation, saving and loading."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from med3dvlm.data.preprocess import PreprocessConfig
+from med3dvlm.data.volume import Volume, VolumeError, write_prepared
+from med3dvlm.processing import SequenceTooLongError, VLMProcessor, load_tokenizer
+from tests.helpers.tiny_data import vlm_tokenizer
+
+SIZE = (4, 6, 8)
+
+
+@pytest.fixture
+def processor():
+    return VLMProcessor(vlm_tokenizer(), 8, PreprocessConfig("published", SIZE))
+
+
+def word_tokenizer(*words):
+    """A word-level tokenizer without `<im_patch>` and without a pad token."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(("<unk>", "<eos>", *words))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+def test_image_token_and_pad_token_are_added_once():
+    tokenizer = word_tokenizer("what", "is", "it")
+    processor = VLMProcessor(tokenizer, 3, PreprocessConfig())
+    assert processor.image_token_id == 5 and len(tokenizer) == 6
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+    assert VLMProcessor(tokenizer, 3, PreprocessConfig()).image_token_id == 5 and len(tokenizer) == 6
+    assert processor.encode(processor.prompt("what is it"))["input_ids"].tolist() == [5, 5, 5, 2, 3, 4]
+
+
+def test_prompt_has_a_space_before_questions_only(processor):
+    assert processor.prompt("Where?") == "<im_patch>" * 8 + " Where?"
+    assert processor.prompt("Describe.", "caption") == "<im_patch>" * 8 + "Describe."
+    with pytest.raises(ValueError, match="vqa, caption"):
+        processor.prompt("Where?", "closed")
+
+
+def test_length_limits(processor):
+    """One answer token may be left; the end token goes first; a prompt that leaves none is an error, not a NaN."""
+    prompt = processor.prompt("Where is the cyst located?")
+    asked = len(processor.encode(prompt)["input_ids"])
+    whole = processor.encode(prompt, "Left kidney")
+    length = len(whole["input_ids"])
+    assert whole["labels"][-1] == processor.tokenizer.eos_token_id and whole["attention_mask"].tolist()[-2:] == [1, 0]
+    cut = processor.encode(prompt, "Left kidney", length - 1)
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:-1]) and cut["attention_mask"].all()
+    shortest = processor.encode(prompt, "Left kidney", asked + 1)
+    assert (shortest["labels"] != -100).sum() == 1
+    with pytest.raises(SequenceTooLongError, match=f"{asked} tokens .*sequence of {asked}"):
+        processor.encode(prompt, "Left kidney", asked)
+
+
+def test_turns_share_the_image(processor):
+    turns = [(processor.prompt("What?"), "A cyst"), (processor.turn("Where?"), "Left"), (processor.turn("Why?"), "No")]
+    whole = processor.encode_turns(turns, 64)
+    parts = [processor.encode(*turn) for turn in turns]
+    for key in ("input_ids", "labels"):
+        assert torch.equal(whole[key], torch.cat([part[key] for part in parts]))
+    assert whole["attention_mask"].all()
+    assert (whole["input_ids"] == processor.image_token_id).sum() == 8
+    assert (whole["labels"] == processor.tokenizer.eos_token_id).sum() == 3
+    lengths = [len(part["input_ids"]) for part in parts]
+    shorter = processor.encode_turns(turns, sum(lengths) - 1)
+    assert torch.equal(shorter["input_ids"], whole["input_ids"][: sum(lengths[:2])])
+    with pytest.raises(SequenceTooLongError):
+        processor.encode_turns(turns, lengths[0] - 1)
+
+
+def test_batch_for_generation_is_padded_on_the_left(processor, tmp_path):
+    array = np.random.default_rng(0).random(SIZE, dtype=np.float32)
+    write_prepared(tmp_path / "x.nii.gz", array)
+    image = processor.load_image(tmp_path / "x.nii.gz")
+    assert torch.equal(image, torch.from_numpy(array)[None])
+    questions = ["Where is the cyst located?", "Where?"]
+    batch = processor(questions, [str(tmp_path / "x.nii.gz"), image])
+    assert batch["images"].shape == (2, 1, *SIZE) and torch.equal(batch["images"][0], batch["images"][1])
+    for row, mask, question in zip(batch["input_ids"], batch["attention_mask"], questions, strict=True):
+        assert torch.equal(row[mask.bool()], processor.encode(processor.prompt(question))["input_ids"])
+        assert (row[~mask.bool()] == processor.tokenizer.pad_token_id).all()
+        assert mask[-1] == 1
+    assert "images" not in processor(questions)
+    with pytest.raises(ValueError, match="2 questions, 1 volumes"):
+        processor(questions, [image])
+
+
+def test_load_image_accepts_a_volume_and_names_a_bad_file(processor, tmp_path):
+    volume = Volume(np.random.default_rng(0).random((9, 9, 9), dtype=np.float32))
+    assert processor.load_image(volume).shape == (1, *SIZE)
+    with pytest.raises(VolumeError, match="missing.nii"):
+        processor.load_image(tmp_path / "missing.nii")
+
+
+def test_saved_processor_is_the_same(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vlm_qwen"}')
+    loaded = VLMProcessor.from_pretrained(tmp_path)
+    assert loaded.preprocess == processor.preprocess and loaded.num_image_tokens == 8
+    assert loaded.image_token_id == processor.image_token_id
+    prompt = processor.prompt("Where is the cyst, 12 mm?")
+    assert torch.equal(loaded.encode(prompt, "It's left")["labels"], processor.encode(prompt, "It's left")["labels"])
+
+
+def test_published_folder_needs_no_processor_file(tmp_path):
+    """Number of image tokens and volume size come from the published config, whose size is (H, W, D)."""
+    vlm_tokenizer().save_pretrained(tmp_path)
+    config = {"model_type": "vlm_qwen", "proj_out_num": 256, "input_size": [256, 192, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    processor = VLMProcessor.from_pretrained(tmp_path)
+    assert processor.num_image_tokens == 256
+    assert processor.preprocess == PreprocessConfig("published", (128, 256, 192))
+    (tmp_path / "config.json").write_text('{"model_type": "vlm_qwen"}')
+    with pytest.raises(ValueError, match="proj_out_num"):
+        VLMProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "vlm_qwen"])
+def test_word_tokenizer_beside_a_qwen_model_keeps_its_ids(model_type, tmp_path):
+    tokenizer = word_tokenizer("what", "is", "it")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 5}))
+    assert load_tokenizer(tmp_path)("what is it")["input_ids"] == tokenizer("what is it")["input_ids"] == [2, 3, 4]

@@ -1,0 +1,66 @@
+import csv
+import json
+
+import pytest
+
+from med3dvlm.evaluation import caption, common
+
+
+def run(data_root, vlm_folder, output, *more):
+    return caption.main([
+        "--model_name_or_path", str(vlm_folder), "--data_root", str(data_root), "--output_dir", str(output),
+        "--cap_data_path", str(data_root / "M3D_Cap_npy" / "M3D_Cap.json"), "--device", "cpu",
+        "--max_new_tokens", "8", "--batch_size", "4", *more,
+    ])  # fmt: skip
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_results_in_the_published_columns_and_with_all_that_repeats_them(data_root, vlm_folder, tmp_path, capsys):
+    summary = run(data_root, vlm_folder, tmp_path)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    with open(tmp_path / "tiny-vlm_eval_caption.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["Question", "Ground Truth", "pred", "bleu", "rouge1", "meteor", "bert_f1"]
+    rows = predictions(tmp_path)
+    assert len(table) == len(rows) == 6
+    for cells, row in zip(table, rows, strict=True):
+        assert cells["pred"] == row["prediction"] and cells["Ground Truth"] == row["answer"]
+        assert row["shown"] == row["image"] and "M3D_Cap.json, row test[" in row["where"]
+    assert rows[0]["answer"] == "Axial scan of case 6. A small lesion is seen."
+
+    mean = sum(float(cells["rouge1"]) for cells in table) / 6
+    assert summary["scores"]["rouge1"] == pytest.approx(mean)
+    assert summary["scores"]["bert_f1"] is None and "--bertscore_model" in summary["missing"]["bert_f1"]
+    assert summary["decoding"]["strategy"] == "greedy" and summary["decoding"]["max_new_tokens"] == 8
+    assert summary["preprocessing"]["preset"] == "published" and summary["prompt"]["image_tokens"] == 6
+    assert "distinct_outputs" in capsys.readouterr().out
+
+
+def test_answers_do_not_depend_on_the_batch(data_root, vlm_folder, tmp_path):
+    run(data_root, vlm_folder, tmp_path / "a")
+    run(data_root, vlm_folder, tmp_path / "b", "--batch_size", "1", "--num_workers", "1")
+    assert predictions(tmp_path / "a") == predictions(tmp_path / "b")
+
+
+def test_shuffled_shows_the_image_of_another_report(data_root, vlm_folder, tmp_path):
+    summary = run(data_root, vlm_folder, tmp_path, "--baseline", "shuffled", "--limit", "4")
+    rows = predictions(tmp_path)
+    assert summary["baseline"] == "shuffled" and len(rows) == 4
+    assert all(row["shown"] != row["image"] for row in rows)
+    assert sorted(row["shown"] for row in rows) == sorted(row["image"] for row in rows)
+
+
+def test_blank_image_gives_one_output(data_root, vlm_folder, tmp_path):
+    summary = run(data_root, vlm_folder, tmp_path, "--baseline", "blank")
+    assert summary["distinct_outputs"] == pytest.approx(1 / 6)
+
+
+def test_missing_wordnet_is_said_with_the_command_that_brings_it(data_root, vlm_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "find_wordnet", lambda: None)
+    summary = run(data_root, vlm_folder, tmp_path, "--limit", "1")
+    assert summary["scores"]["meteor"] is None and "apt-get install" in summary["missing"]["meteor"]
+    with open(tmp_path / "tiny-vlm_eval_caption.csv", newline="") as file:
+        assert next(csv.DictReader(file))["meteor"] == ""
