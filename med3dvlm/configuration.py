@@ -192,6 +192,7 @@ def _as_list(value: Any) -> Any:
 # "quickstart" is a tiny model for 32x64x64 phantoms that trains in minutes on two CPU cores (docs/decisions.md).
 _QUICKSTART_VISION = {"vision_variant": "phantom", "input_size": [64, 64, 32]}
 _QUICKSTART_TRAINING = {
+    "adam_beta2": 0.98,
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.05,
     "logging_steps": 10,
@@ -210,7 +211,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "published": {"stand_in": {}, "clip": {}, "projector": {}, "lora": {}},
     "quickstart": {
         "stand_in": {
-            "max_steps": 450,
+            "max_steps": 600,
             "per_device_train_batch_size": 16,
             "learning_rate": 3e-3,
             "warmup_ratio": 0.05,
@@ -222,9 +223,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "hidden_size": 64,
             "max_length": 64,
             "per_device_train_batch_size": 32,
-            "max_steps": 480,
+            "max_steps": 400,
             "learning_rate": 2e-3,
+            "text_learning_rate": 1e-5,
             "weight_decay": 0.05,
+            "t_prime": 3.0,
+            "bias": -5.0,
         },
         "projector": _QUICKSTART_VLM | {"max_steps": 120, "learning_rate": 2e-3},
         "lora": _QUICKSTART_VLM | {"max_steps": 300, "learning_rate": 1e-3, "lora_dropout": 0.0},

@@ -58,7 +58,7 @@ _GREY = {
     "hip": (0.48, 0.48, 0.50, 0.52),
 }
 _BODY, _SPINE, _BRIGHT, _DARK = 0.24, 0.80, 1.0, 0.04
-_LESION_RADIUS = {"small": 0.12, "medium": 0.16, "large": 0.21}  # of the body's half axis
+_LESION_RADIUS = {"small": 0.15, "medium": 0.20, "large": 0.26}  # of the body's half axis
 _NOISE = 0.02
 
 
@@ -155,9 +155,7 @@ def report(case: Case) -> str:
         f"A {case.size} {case.kind} is seen in the {case.location}.",
         f"The {case.location} shows a {case.size} {case.kind}.",
     ])
-    others = [organ for organ in ORGANS if organ != case.organ]
-    normal = f"The {others[0]}, {others[1]} and {others[2]} are normal."
-    return f"{case.plane.capitalize()} images, {case.phase} phase. {finding} {normal}"
+    return f"{case.plane.capitalize()} images, {case.phase} phase. {finding} The other organs are normal."
 
 
 def raw_text(case: Case) -> str:

@@ -28,7 +28,7 @@ NUM_LEVELS = 5  # stem and four stages
 
 @dataclass(frozen=True)
 class Variant:
-    """Sizes of one encoder; entries of the last four fields belong to stages 1 to 4.
+    """Sizes of one encoder; entries of depths to pool belong to stages 1 to 4.
 
     Attributes:
         channels: width of each of the five levels, stem first.
@@ -36,6 +36,8 @@ class Variant:
         kernels: length of the one-dimensional convolutions per stage, odd.
         mlp_ratios: inner width of the feed-forward part over its outer width.
         pool: whether the stage starts by halving each axis.
+        layer_scale: start value of the blocks' layer scale. Nearly 0 (published) starts every block as the identity,
+            which long training overcomes; short training wants 1.
     """
 
     channels: tuple[int, int, int, int, int]
@@ -43,6 +45,7 @@ class Variant:
     kernels: tuple[int, int, int, int] = (13, 11, 9, 7)
     mlp_ratios: tuple[int, int, int, int] = (4, 4, 4, 4)
     pool: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    layer_scale: float = 1e-6
 
 
 VARIANTS = {
@@ -53,7 +56,7 @@ VARIANTS = {
     "base": Variant((64, 128, 256, 512, 1024), (2, 6, 6, 2)),
     "large": Variant((64, 256, 512, 1024, 2048), (2, 6, 12, 2)),
     # Ours, for phantoms of 32x64x64: stage 1 keeps the stem's resolution, so the last two levels have 32 and 4 tokens.
-    "phantom": Variant((16, 32, 64, 96, 128), (1, 1, 1, 1), (3, 3, 3, 3), (2, 4, 4, 4), (False, True, True, True)),
+    "phantom": Variant((16, 32, 64, 96, 128), (1, 1, 1, 1), (3, 3, 3, 3), (2, 4, 4, 4), (False, True, True, True), 1.0),
 }
 
 
@@ -139,9 +142,17 @@ class Block(nn.Module):
         pool: halve each axis before anything else (first block only).
     """
 
-    def __init__(self, channels: int, kernel: int, mlp_ratio: int, in_channels: int | None = None, pool: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        mlp_ratio: int,
+        layer_scale: float,
+        in_channels: int | None = None,
+        pool: bool = False,
+    ):
         super().__init__()
-        self.scale = nn.Parameter(torch.full((channels,), 1e-6))
+        self.scale = nn.Parameter(torch.full((channels,), layer_scale))
         self.pool = nn.MaxPool3d(3, stride=2, padding=1) if pool else nn.Identity()
         self.proj = None if in_channels is None else PointwiseConv(in_channels, channels, 1, bias=False)
         self.dwconv = DecomposedConv3d(channels, channels, kernel, groups=channels)
@@ -221,6 +232,6 @@ def _stem(channels: int) -> nn.Sequential:
 
 def _stage(variant: Variant, stage: int) -> nn.Sequential:
     """Blocks of stage 1 to 4; the first one changes resolution and width."""
-    channels, kernel, ratio = variant.channels[stage], variant.kernels[stage - 1], variant.mlp_ratios[stage - 1]
-    first = Block(channels, kernel, ratio, in_channels=variant.channels[stage - 1], pool=variant.pool[stage - 1])
-    return nn.Sequential(first, *[Block(channels, kernel, ratio) for _ in range(variant.depths[stage - 1] - 1)])
+    sizes = (variant.channels[stage], variant.kernels[stage - 1], variant.mlp_ratios[stage - 1], variant.layer_scale)
+    first = Block(*sizes, in_channels=variant.channels[stage - 1], pool=variant.pool[stage - 1])
+    return nn.Sequential(first, *[Block(*sizes) for _ in range(variant.depths[stage - 1] - 1)])

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from med3dvlm.configuration import VLMConfig
 from med3dvlm.model.encoder import build_vision_encoder
+from med3dvlm.model.packing import packed_attention_mask
 from med3dvlm.model.projector import build_projector, projector_tokens, takes_two_streams
 from med3dvlm.model.published import PublishedLayout
 from med3dvlm.model.splice import splice_as_published, splice_at_placeholders
@@ -114,6 +115,7 @@ class VLMForCausalLM(PublishedLayout, Qwen2ForCausalLM):
         image_features: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
+        turn_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -124,6 +126,7 @@ class VLMForCausalLM(PublishedLayout, Qwen2ForCausalLM):
         Args:
             input_ids: [B, T]; attention_mask: [B, T], 1 where attended.
             images: [B, 1, D, H, W] in [0, 1], or image_features: [B, N, H] of `encode_images`; neither: text only.
+            turn_ids, position_ids: [B, T] of independent questions about one image, see `med3dvlm.model.packing`.
         Raises:
             ValueError: see `embed`.
         """
@@ -132,6 +135,8 @@ class VLMForCausalLM(PublishedLayout, Qwen2ForCausalLM):
                 raise ValueError("images need input_ids: the place of the image tokens is read from them")
             inputs_embeds = self.embed(input_ids, attention_mask, images, image_features)
             input_ids = None
+        if turn_ids is not None:
+            attention_mask = packed_attention_mask(turn_ids, self.dtype)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

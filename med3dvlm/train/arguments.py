@@ -6,6 +6,7 @@ Every flag of `transformers.TrainingArguments` is accepted as well. Order of pre
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ class CLIPModelArguments(VisionArguments):
     vision_encoder: str = arg("dcformer or vit3d.", default="dcformer")
     hidden_size: int = arg("Width of the shared feature space.", default=768)
     loss_type: str = arg("sigmoid (SigLIP) or nce (CLIP).", default="sigmoid")
+    t_prime: float = arg("Start value of the log scale of the logits (SigLIP paper: log 10).", default=math.log(10))
+    bias: float = arg("Start value of the offset of the logits; -10 suits large batches, -log(batch) small ones.", default=-10.0)
     pretrained_model: str | None = arg("Continue from this dual encoder (folder or hub name).", default=None)
 
 
@@ -153,6 +156,7 @@ class CLIPTrainingArguments(StageTrainingArguments):
     num_train_epochs: float = arg("Epochs.", default=100)
     per_device_train_batch_size: int = arg("Image-report pairs per device.", default=64)
     weight_decay: float = arg("Weight decay.", default=0.1)
+    text_learning_rate: float | None = arg("Peak learning rate of the text encoder (default: that of all).", default=None)
     dataloader_drop_last: bool = arg("The gathered loss wants the same batch size on every rank.", default=True)
 
 

@@ -25,7 +25,7 @@ from med3dvlm.processing import load_tokenizer
 from med3dvlm.train.arguments import CLIPModelArguments, CLIPTrainingArguments, PairDataArguments, parse_stage
 from med3dvlm.train.trainer import StageTrainer, log_to_console
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
 
 def build_model(args: CLIPModelArguments) -> CLIPModel:
@@ -42,7 +42,24 @@ def build_model(args: CLIPModelArguments) -> CLIPModel:
         patch_size=args.patch_size,
         hidden_size=args.hidden_size,
         loss_type=args.loss_type,
+        t_prime=args.t_prime,
+        bias=args.bias,
     )
+
+
+class ContrastiveTrainer(StageTrainer):
+    """As `StageTrainer`; the text encoder may learn at a rate of its own."""
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        rate = self.args.text_learning_rate
+        if rate is not None:
+            text = {id(parameter) for parameter in self.model.language_encoder.parameters()}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in text]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in text]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -66,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         max_bad_samples=data_args.max_bad_samples,
     )
     logger.info("%d image-report pairs; preprocessing: %s", len(dataset), preprocess)
-    trainer = StageTrainer(model, training_args, dataset, partial(collate_pairs, tokenizer=tokenizer))
+    trainer = ContrastiveTrainer(model, training_args, dataset, partial(collate_pairs, tokenizer=tokenizer))
     metrics = trainer.run()
 
     output = Path(training_args.output_dir)

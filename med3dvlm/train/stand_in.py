@@ -2,10 +2,10 @@
 
     python -m med3dvlm.train.stand_in --preset quickstart --data_root D --cap_data_path ... --vqa_data_train_path ... --output_dir O
 
-Reads the texts of the training split only, never an image. Writes `<output_dir>/text_encoder`, with random weights, for the
-contrastive stage, and `<output_dir>/language_model`, which is trained on text to do what any instruction-tuned model does:
-find a word among lettered choices, and answer a question about a report that it is given. Real runs use ClinicalBERT and
-Qwen2.5 instead; nothing else of the pipeline differs.
+Reads the texts of the training split only, never an image. Writes `<output_dir>/text_encoder` for the contrastive stage and
+`<output_dir>/language_model`, which is trained to do what any instruction-tuned model does: find a word among lettered
+choices, and answer a question about a report that it is given. Real runs use ClinicalBERT and Qwen2.5 instead; nothing else
+of the pipeline differs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import (
     DistilBertConfig,
     DistilBertModel,
@@ -36,7 +37,7 @@ from med3dvlm.model.packing import packed_attention_mask
 from med3dvlm.train.arguments import DataArguments, StageTrainingArguments, arg, parse_stage
 from med3dvlm.train.trainer import log_to_console
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
 REQUIRED_LETTER_ACCURACY = 0.95  # below it, later stages would be blamed for what the language model can't do
 
@@ -84,13 +85,35 @@ def text_encoder_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_text_encoder(texts: Sequence[str], width: int, folder: Path) -> None:
-    """A DistilBERT of two layers with random weights, and its tokenizer."""
+def write_text_encoder(texts: Sequence[str], width: int, folder: Path, steps: int = 200, batch: int = 64) -> None:
+    """A DistilBERT of two layers and its tokenizer, trained to say from [CLS] which words a text holds.
+
+    With random weights all texts have nearly the same [CLS] feature, and contrastive training takes minutes to find out
+    what tells them apart.
+    """
     tokenizer = text_encoder_tokenizer(texts)
     config = DistilBertConfig(
-        vocab_size=len(tokenizer), dim=width, n_layers=2, n_heads=4, hidden_dim=2 * width, max_position_embeddings=128
+        vocab_size=len(tokenizer),
+        dim=width,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=2 * width,
+        max_position_embeddings=128,
+        dropout=0.0,
+        attention_dropout=0.0,
     )
-    DistilBertModel(config).save_pretrained(folder)
+    model, head = DistilBertModel(config), torch.nn.Linear(width, len(tokenizer))
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=2e-3)
+    for _ in tqdm(range(steps), desc="text encoder", unit="step"):
+        chosen = [texts[index] for index in torch.randint(len(texts), (batch,)).tolist()]
+        inputs = tokenizer(chosen, padding=True, return_tensors="pt", return_token_type_ids=False)
+        words = torch.zeros(batch, len(tokenizer)).scatter_(1, inputs["input_ids"], 1.0)  # [batch, vocabulary]
+        logits = head(model(**inputs).last_hidden_state[:, 0])  # [batch, vocabulary]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, words) * len(tokenizer)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

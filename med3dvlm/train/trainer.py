@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
 from med3dvlm.train.arguments import COMPLETE, StageTrainingArguments
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
 TRAINED = "trained.safetensors"  # what a checkpoint of a language-model stage holds: all that trains, nothing frozen
 

@@ -36,7 +36,7 @@ from med3dvlm.processing import VLMProcessor, load_tokenizer
 from med3dvlm.train.arguments import QADataArguments, VLMModelArguments, VLMTrainingArguments, parse_stage
 from med3dvlm.train.trainer import MixedDataset, TrainedOnlyTrainer, log_to_console
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
 
 def vision_config(args: VLMModelArguments) -> dict:
