@@ -196,7 +196,7 @@ _QUICKSTART_TRAINING = {
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.05,
     "logging_steps": 10,
-    "save_steps": 100,
+    "save_steps": 50,
     "save_total_limit": 1,
 }
 _QUICKSTART_VLM = _QUICKSTART_VISION | _QUICKSTART_TRAINING | {
@@ -231,6 +231,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "bias": -5.0,
         },
         "projector": _QUICKSTART_VLM | {"max_steps": 120, "learning_rate": 2e-3},
-        "lora": _QUICKSTART_VLM | {"max_steps": 300, "learning_rate": 1e-3, "lora_dropout": 0.0},
+        "lora": _QUICKSTART_VLM | {"max_steps": 150, "learning_rate": 1e-3, "lora_dropout": 0.0},
     },
 }  # fmt: skip

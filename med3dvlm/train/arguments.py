@@ -120,6 +120,7 @@ class StageTrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool = arg("Not needed: every trained parameter is used.", default=False)
     logging_steps: float = arg("Steps between two log lines.", default=10)
     save_total_limit: int | None = arg("Checkpoints to keep.", default=2)
+    dataloader_pin_memory: bool = arg("Pinned memory for the transfer to a GPU.", factory=torch.cuda.is_available)
     report_to: str = arg("tensorboard, wandb or none.", default="tensorboard")
     seed: int = arg("Seed of initialisation, order and every random choice.", default=42)
     resume_from_checkpoint: str | None = arg(
