@@ -207,18 +207,20 @@ _QUICKSTART_VLM = _QUICKSTART_VISION | _QUICKSTART_TRAINING | {
     "questions_per_image": 13,
     "per_device_train_batch_size": 32,
 }
+# The stand-in for pre-trained language models is the same in both: published runs have no use for it.
+_STAND_IN = {
+    "max_steps": 600,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 3e-3,
+    "warmup_ratio": 0.05,
+    "adam_beta2": 0.98,
+    "logging_steps": 25,
+    "save_strategy": "no",
+}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "published": {"stand_in": {}, "clip": {}, "projector": {}, "lora": {}},
+    "published": {"stand_in": _STAND_IN, "clip": {}, "projector": {}, "lora": {}},
     "quickstart": {
-        "stand_in": {
-            "max_steps": 600,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 3e-3,
-            "warmup_ratio": 0.05,
-            "adam_beta2": 0.98,
-            "logging_steps": 25,
-            "save_strategy": "no",
-        },
+        "stand_in": _STAND_IN,
         "clip": _QUICKSTART_VISION | _QUICKSTART_TRAINING | {
             "hidden_size": 64,
             "max_length": 64,

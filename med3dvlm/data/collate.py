@@ -18,8 +18,9 @@ def pad_sequences(rows, value: int, side: str = "right") -> torch.Tensor:
 def collate_vlm(items, pad_token_id: int, padding_side: str = "right") -> dict[str, torch.Tensor]:
     """Batch items of the caption and question data sets.
 
-    Returns input_ids, attention_mask, labels `[B, longest]` (labels of padding are -100), turn_ids (-1 on padding) and
-    position_ids where the items are packed, and images `[B, 1, D, H, W]` where they carry images. Items that a data set skipped as unreadable (None) are left out.
+    Returns input_ids, attention_mask, labels `[B, longest]` (labels of padding are -100); where the items are packed,
+    turn_ids (-1 on padding) and position_ids; where they carry images, images `[B, 1, D, H, W]`. Items that a data set
+    skipped as unreadable (None) are left out.
     Raises ValueError where every item of the batch was skipped.
     """
     items = _present(items)

@@ -86,6 +86,20 @@ class ConvAcrossSlices(nn.Conv3d):
         return images.movedim(1, -1).unflatten(2, x.shape[2:4])  # [B, D', H', W', C']
 
 
+class SingleChannelConv(nn.Conv3d):
+    """A kernel along any axis of a one-channel volume: here `conv3d` is as fast and rounds as the published one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, H, W, 1] -> [B, D', H', W', C']."""
+
+        def slices_first(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+            return (sizes[2], sizes[0], sizes[1])
+
+        kernel = self.weight.permute(0, 1, 4, 2, 3)  # [C', 1, k_D, k_H, k_W]
+        stride, padding = slices_first(self.stride), slices_first(self.padding)
+        return F.conv3d(x.movedim(-1, 1), kernel, self.bias, stride, padding).movedim(1, -1)  # [B, D', H', W', C']
+
+
 class PointwiseConv(nn.Conv3d):
     """A 1x1x1 convolution, run as a linear layer."""
 
@@ -107,6 +121,7 @@ class DecomposedConv3d(nn.Module):
 
         def branch(conv_class: type[nn.Conv3d], size: tuple[int, int, int]) -> nn.Sequential:
             padding = tuple(n // 2 for n in size)
+            conv_class = SingleChannelConv if in_channels == 1 else conv_class
             conv = conv_class(in_channels, out_channels, size, stride, padding, groups=groups)
             return nn.Sequential(conv, nn.BatchNorm3d(out_channels))
 

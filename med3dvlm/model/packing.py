@@ -1,8 +1,8 @@
 """Several questions about one image in one sequence, each as if it stood alone.
 
-The image tokens come first and are turn 0; every question with its answer is a turn of its own (1, 2, ...) that sees the
-image and itself, never another turn, and counts its positions from the end of the image. So the logits equal those of
-separate sequences, while encoder, projector and image tokens are computed once. (Turns that see each other teach
+The image tokens come first and are turn 0; every question with its answer is a turn of its own (1, 2, ...) that sees
+the image and itself, never another turn, and counts its positions from the end of the image. So the logits equal those
+of separate sequences, while encoder, projector and image tokens are computed once. (Turns that see each other teach
 less: what one answer says need not be read from the image again.)
 """
 

@@ -57,7 +57,7 @@ class CLIPModelArguments(VisionArguments):
     hidden_size: int = arg("Width of the shared feature space.", default=768)
     loss_type: str = arg("sigmoid (SigLIP) or nce (CLIP).", default="sigmoid")
     t_prime: float = arg("Start value of the log scale of the logits (SigLIP paper: log 10).", default=math.log(10))
-    bias: float = arg("Start value of the offset of the logits; -10 suits large batches, -log(batch) small ones.", default=-10.0)
+    bias: float = arg("Start value of the offset of the logits; small batches want about -log(batch).", default=-10.0)
     pretrained_model: str | None = arg("Continue from this dual encoder (folder or hub name).", default=None)
 
 
@@ -70,15 +70,15 @@ class VLMModelArguments(VisionArguments):
         default="Qwen/Qwen2.5-7B-Instruct",
     )
     vision_tower: str = arg("dcformer or vit3d.", default="dcformer")
-    pretrain_vision_model: str | None = arg("pretrained_ViT.bin or .safetensors of the contrastive stage.", default=None)
+    pretrain_vision_model: str | None = arg("pretrained_ViT.* of the contrastive stage.", default=None)
     mm_projector_type: str = arg("linear, mlp, low_high_mlp, mixer (published) or mhsa.", default="mixer")
     mm_mlp_depth: int = arg("Linear layers in each MLP of the projector.", default=2)
     low_output_size: list[int] = arg("Mixer: tokens of the low stream after each layer.", factory=lambda: [192, 128])
     high_output_size: list[int] = arg("Mixer: tokens of the high stream after each layer.", factory=lambda: [64, 128])
     tune_mm_mlp_adapter: bool = arg("Projector stage: train projector and token embeddings.", default=False)
-    pretrain_mm_mlp_adapter: str | None = arg("mm_projector.bin or .safetensors of the projector stage.", default=None)
+    pretrain_mm_mlp_adapter: str | None = arg("mm_projector.* of the projector stage.", default=None)
     embeddings_from_base: bool = arg(
-        "LoRA stage: start from the base model's token embeddings, as published, not from those of the projector stage.",
+        "LoRA stage: start from the base model's token embeddings (as published), not the projector stage's.",
         default=False,
     )
 
@@ -101,7 +101,7 @@ class PairDataArguments(DataArguments):
 @dataclass
 class QADataArguments(DataArguments):
     vqa_data_train_path: str = arg("M3D-VQA training table.", default="./data/M3D-VQA/M3D_VQA_train.csv")
-    vqa_yn_data_train_path: str = arg("M3D-VQA yes/no table (LoRA stage).", default="./data/M3D-VQA/M3D_VQA_yn_train.csv")
+    vqa_yn_data_train_path: str = arg("Yes/no table (LoRA stage).", default="./data/M3D-VQA/M3D_VQA_yn_train.csv")
     questions_per_image: int = arg(
         "Questions about one image that share its encoding in a training sample; 1 is the published way.", default=1
     )
@@ -157,7 +157,7 @@ class CLIPTrainingArguments(StageTrainingArguments):
     num_train_epochs: float = arg("Epochs.", default=100)
     per_device_train_batch_size: int = arg("Image-report pairs per device.", default=64)
     weight_decay: float = arg("Weight decay.", default=0.1)
-    text_learning_rate: float | None = arg("Peak learning rate of the text encoder (default: that of all).", default=None)
+    text_learning_rate: float | None = arg("Peak rate of the text encoder (default: that of all).", default=None)
     dataloader_drop_last: bool = arg("The gathered loss wants the same batch size on every rank.", default=True)
 
 

@@ -1,9 +1,10 @@
 """Stage 4: fold the adapters into the language model and write one self-contained folder.
 
-    python -m med3dvlm.train.merge --model_with_lora output/Med3DVLM-Qwen-2.5-7B-finetune --output_dir models/Med3DVLM-Qwen-2.5-7B
+    python -m med3dvlm.train.merge --model_with_lora output/Med3DVLM-Qwen-2.5-7B-finetune \\
+        --output_dir models/Med3DVLM-Qwen-2.5-7B
 
-The folder holds config, weights, tokenizer and processor in the published layout, and `vision_tower.bin`. Logits equal those
-of the unmerged model. The base model recorded by the LoRA stage is checked; naming another one is an error.
+The folder holds config, weights, tokenizer and processor in the published layout, and `vision_tower.bin`. Logits equal
+those of the unmerged model. The base model recorded by the LoRA stage is checked; naming another one is an error.
 """
 
 from __future__ import annotations

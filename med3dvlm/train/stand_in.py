@@ -1,11 +1,11 @@
 """Stands in for the pre-trained language models where none can be had: a tiny text encoder and a tiny Qwen2.
 
-    python -m med3dvlm.train.stand_in --preset quickstart --data_root D --cap_data_path ... --vqa_data_train_path ... --output_dir O
+    python -m med3dvlm.train.stand_in --preset quickstart --data_root D --output_dir O
 
-Reads the texts of the training split only, never an image. Writes `<output_dir>/text_encoder` for the contrastive stage and
-`<output_dir>/language_model`, which is trained to do what any instruction-tuned model does: find a word among lettered
-choices, and answer a question about a report that it is given. Real runs use ClinicalBERT and Qwen2.5 instead; nothing else
-of the pipeline differs.
+Reads the texts of the training split only, never an image. Writes `<output_dir>/text_encoder` for the contrastive stage
+and `<output_dir>/language_model`, which is trained to do what any instruction-tuned model does: find a word among
+lettered choices, and answer a question about a report that it is given. Real runs use ClinicalBERT and Qwen2.5 instead;
+nothing else of the pipeline differs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def language_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
 
@@ -123,8 +124,8 @@ def write_text_encoder(texts: Sequence[str], width: int, folder: Path, steps: in
 class TextExercises(Dataset):
     """Exercises in text, from matching words to letters up to questions about a report. Item by seed and index.
 
-    Every exercise is a sequence of independent turns, packed as in `med3dvlm.model.packing`; the report stands where the
-    image tokens will. The first `matching_share` of the items are matching exercises only, the rest a mixture.
+    Every exercise is a sequence of independent turns, packed as in `med3dvlm.model.packing`; the report stands where
+    the image tokens will. The first `matching_share` of the items are matching exercises only, the rest a mixture.
     """
 
     def __init__(self, tokenizer, reports, questions, yes_no, size: int, seed: int, matching_share: float = 0.3):
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     yes_no = read_vqa_csv(model_args.vqa_yn_data_train_path, data_args.data_root)
     reports = {Path(record.image).parent.name: record.read_text() for record in captions}
     texts = [*reports.values(), *(f" {prompt}" for prompt in CAPTION_PROMPTS)]
-    texts += [f" {closed_question(r.question, r.choices)} {closed_answer(r.answer_choice, r.answer)}" for r in questions]
+    texts += [f" {closed_question(r.question, r.choices)}" for r in questions]
     texts += [f" {record.question} {record.answer}" for record in yes_no]
     write_text_encoder(list(reports.values()), model_args.text_encoder_width, output / "text_encoder")
 
@@ -264,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     logger.info("right letters for questions about a report, text only: %.1f%%", 100 * accuracy)
     if accuracy < REQUIRED_LETTER_ACCURACY:
         raise RuntimeError(
-            f"the stand-in language model finds {accuracy:.0%} of the letters, at least {REQUIRED_LETTER_ACCURACY:.0%} are "
-            "needed before images make sense: train longer (--max_steps) or with another --seed"
+            f"the stand-in language model finds {accuracy:.0%} of the letters, expected {REQUIRED_LETTER_ACCURACY:.0%} "
+            "before images make sense: train longer (--max_steps) or with another --seed"
         )
     model.save_pretrained(output / "language_model")
     tokenizer.save_pretrained(output / "language_model")

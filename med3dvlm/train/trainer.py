@@ -1,4 +1,4 @@
-"""The Trainer of all stages: checkpoints that can be trusted, data sets that know the epoch, batches of like lengths."""
+"""The Trainer of all stages: checkpoints to be trusted, data sets that know the epoch, batches of like lengths."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Stages 2 and 3: the language model learns to read the image encoder.
 
 Projector pre-training (`--tune_mm_mlp_adapter True`) trains projector and token embeddings; LoRA fine-tuning
-(`--lora_enable True`) trains adapters on every linear layer of the language model, and encoder, projector, embeddings and
-lm_head in full.
+(`--lora_enable True`) trains adapters on every linear layer of the language model, and encoder, projector, embeddings
+and lm_head in full.
 
-    python -m med3dvlm.train.vlm --tune_mm_mlp_adapter True --pretrain_vision_model output/DCFormer_SigLIP/pretrained_ViT.bin
-    python -m med3dvlm.train.vlm --lora_enable True --pretrain_vision_model ... --pretrain_mm_mlp_adapter .../mm_projector.bin
+    python -m med3dvlm.train.vlm --tune_mm_mlp_adapter True --pretrain_vision_model .../pretrained_ViT.bin
+    python -m med3dvlm.train.vlm --lora_enable True --pretrain_vision_model .../pretrained_ViT.bin \\
+        --pretrain_mm_mlp_adapter .../mm_projector.bin
 
 Writes `mm_projector.bin`, or `model_with_lora.bin` (everything, unmerged), each with config, tokenizer, processor and
 `base_model.json`, the identity of the language model it belongs to, into `--output_dir`.
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_stage("vlm", classes, argv, __doc__)
     stage = "lora" if training_args.lora_enable else "projector"
     if stage == "projector" and not model_args.tune_mm_mlp_adapter:
-        raise ValueError("say what trains: --tune_mm_mlp_adapter True (projector stage) or --lora_enable True (LoRA stage)")
+        raise ValueError("say what trains: --tune_mm_mlp_adapter True (projector) or --lora_enable True (LoRA)")
     log_to_console()
     set_seed(training_args.seed)
 

@@ -22,7 +22,7 @@ def read_record(file: Path, seed: int) -> dict:
         return {"seed": seed, "stages": {}}
     record = json.loads(file.read_text())
     if record["seed"] != seed:
-        sys.exit(f"{file.parent} holds a run with seed {record['seed']}: give another folder (--output) for seed {seed}")
+        sys.exit(f"{file.parent} holds a run with seed {record['seed']}; for {seed} name another folder (--output)")
     return record
 
 
@@ -68,7 +68,7 @@ def main() -> int:
     print(f"== {name}", flush=True)
     code, seconds, peak = run(command)
     if code:
-        print(f"== {name} failed with exit code {code} after {seconds:.0f} s; start again to go on from here", flush=True)
+        print(f"== {name} failed with exit code {code} after {seconds:.0f} s; start again to go on", flush=True)
         return code
     record["stages"][name] = {"seconds": round(seconds, 1), "peak_mb": round(peak), "command": command}
     write_record(file, record)

@@ -55,7 +55,8 @@ def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
             torch.testing.assert_close(rank[kind].pop("loss"), wanted["loss"], rtol=1e-6, atol=1e-6, msg=kind)
         wanted.pop("loss")
         assert wanted.keys() == ranks[0][kind].keys()
+        largest = max(gradient.abs().max().item() for gradient in wanted.values())
         for name, gradient in wanted.items():
             averaged = (ranks[0][kind][name] + ranks[1][kind][name]) / 2  # as DDP and DeepSpeed do
-            scale = max(gradient.abs().max().item(), 1e-3)
+            scale = max(gradient.abs().max().item(), 1e-2 * largest)  # key biases: analytically 0, only noise
             torch.testing.assert_close(averaged, gradient, rtol=0, atol=1e-5 * scale, msg=f"{kind}: {name}")
