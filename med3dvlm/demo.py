@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> Answer:
     question, kind = (args.question, "vqa") if args.question else (CAPTION_PROMPTS[0], "caption")
     scan = load_volume(args.image_path)  # first: it fails sooner than a large model loads
     model = load_model(args.model_name_or_path, args.device, args.dtype)
-    print(f"question: {question}\nanswer: ", end="", flush=True)
+    print(f"question: {question}\nanswer:", end="", flush=True)
     streamer = TextStreamer(model.processor.tokenizer, skip_special_tokens=True)
     answer = model.answer(scan, question, kind, args.max_new_tokens, streamer)
     for warning in answer.warnings:

@@ -55,9 +55,12 @@ def vision_config(args: VLMModelArguments) -> dict:
 
 
 def build_model(args: VLMModelArguments, stage: str) -> tuple[VLMForCausalLM, VLMProcessor]:
-    """The model of a stage with the hand-over files of the stages before it, and its processor."""
+    """The model of a stage with the hand-over files of the stages before it, and its processor.
+
+    Weights are float32, as published: what trains in bfloat16 alone loses small updates. Arithmetic is the Trainer's.
+    """
     if AutoConfig.from_pretrained(args.model_name_or_path).model_type == VLMConfig.model_type:
-        model = VLMForCausalLM.from_pretrained(args.model_name_or_path)
+        model = VLMForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         processor = VLMProcessor.from_pretrained(args.model_name_or_path, config=model.config)
     else:
         preprocess = PreprocessConfig("published", args.volume_size)
@@ -66,7 +69,7 @@ def build_model(args: VLMModelArguments, stage: str) -> tuple[VLMForCausalLM, VL
             "vocab_size": len(processor.tokenizer),
             "image_token_id": processor.image_token_id,
         }
-        model = VLMForCausalLM.from_language_model(args.model_name_or_path, overrides)
+        model = VLMForCausalLM.from_language_model(args.model_name_or_path, overrides, dtype=torch.float32)
         processor.num_image_tokens = model.num_image_tokens
     if args.pretrain_vision_model:
         load_vision_encoder(model, args.pretrain_vision_model)
