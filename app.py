@@ -17,8 +17,7 @@ import numpy as np  # noqa: E402
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS  # noqa: E402
 from med3dvlm.data.volume import load_volume  # noqa: E402
-from med3dvlm.demo import NOTICE  # noqa: E402
-from med3dvlm.inference import BAD_INPUT, Med3DVLM, load_model  # noqa: E402
+from med3dvlm.inference import BAD_INPUT, NOTICE, Med3DVLM, load_model  # noqa: E402
 
 
 def middle_slices(image) -> list[np.ndarray]:

@@ -14,9 +14,7 @@ from transformers import TextStreamer
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS
 from med3dvlm.data.volume import load_volume
-from med3dvlm.inference import BAD_INPUT, DTYPES, Answer, load_model
-
-NOTICE = "For research only. Not a medical device: do not use the answer for diagnosis or treatment."
+from med3dvlm.inference import BAD_INPUT, DTYPES, NOTICE, Answer, load_model
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError
 from med3dvlm.processing import VLMProcessor
 
+NOTICE = "For research only. Not a medical device: do not use the answer for diagnosis or treatment."
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BAD_INPUT = (VolumeError, CheckpointError)  # what users can put right: a scan or a model that cannot be used
 

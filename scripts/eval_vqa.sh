@@ -1,7 +1,7 @@
 #!/bin/sh
 # Visual question answering: open questions with the text metrics; with --close_ended, accuracy of the chosen letter.
 # Reads  data/M3D-VQA, data/M3D_Cap_npy, models/Med3DVLM-Qwen-2.5-7B
-# Writes output/eval_vqa*, below the current folder unless --output_dir says otherwise
+# Writes output/eval_open_vqa or output/eval_close_vqa, below the current folder unless --output_dir says otherwise
 set -eu
 . "$(dirname -- "$0")/lib/env.sh"
 

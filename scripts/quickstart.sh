@@ -35,8 +35,7 @@ python_stage() { # NAME MODULE [ARG...]
     stage "$name" "$PY" -m "$module" "$@"
 }
 
-if grep -q '"report"' "$OUT/stages.json" 2>/dev/null; then
-    stage report true # says so, or that the folder holds another seed
+if stage ask_scan; then
     say "Finished before: $OUT/report.html (another --output starts afresh)"
     exit 0
 fi
@@ -94,15 +93,15 @@ evaluate_vqa vqa_closed --close_ended
 evaluate_vqa vqa_closed_shuffled --close_ended --baseline shuffled
 evaluate_vqa vqa_open
 
+python_stage report med3dvlm.evaluation.report --run_dir "$OUT"
+
 # 5. Ask the model, about a phantom that it never saw and about somebody's scan (of which it can know nothing)
-ask() { # IMAGE QUESTION
-    say "" "== asking about ${1#"$OUT/"}"
-    "$PY" -m med3dvlm.demo --model_name_or_path "$OUT/model" --image_path "$1" --question "$2" --max_new_tokens 24
+ask() { # NAME IMAGE QUESTION
+    python_stage "$1" med3dvlm.demo --model_name_or_path "$OUT/model" --image_path "$2" --question "$3" \
+        --max_new_tokens 24
 }
 phantom=$("$PY" -c 'import json, sys; print(json.load(open(sys.argv[1]))["test"][0]["image"])' "$CAPTIONS")
 scan=$("$PY" -c 'import nibabel, pathlib; print(pathlib.Path(nibabel.__file__).parent / "tests/data/anatomical.nii")')
-ask "$DATA/$phantom" "Where is the lesion?"
-ask "$scan" "Which plane is shown?"
-
-python_stage report med3dvlm.evaluation.report --run_dir "$OUT"
-say "" "Open $OUT/report.html"
+ask ask_phantom "$DATA/$phantom" "Where is the lesion?"
+ask ask_scan "$scan" "Which plane is shown?"
+say "Open $OUT/report.html"

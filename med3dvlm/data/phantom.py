@@ -173,13 +173,14 @@ def questions(case: Case) -> list[dict]:
     rng = np.random.default_rng([case.number, 4])
     here = f"{case.location}"
     mirrored = f"{SIDES[1 - SIDES.index(case.side)]} {case.organ}"  # the side alone must be able to decide
-    elsewhere = [f"{s} {o}" for s in SIDES for o in ORGANS if o != case.organ]
+    # Another organ with both of its sides: from the choices alone, each is as likely as the others.
+    other = str(rng.choice([organ for organ in ORGANS if organ != case.organ]))
     asked = [
         (1, "Which plane is shown?", case.plane, _PLANE_CHOICES),
         (2, "Which contrast phase is shown?", case.phase, PHASES),
         (3, "Which organ is abnormal?", case.organ, ORGANS),
         (4, "What kind of lesion is present?", case.kind, _KIND_CHOICES),
-        (5, "Where is the lesion?", here, (here, mirrored, *rng.choice(elsewhere, 2, replace=False))),
+        (5, "Where is the lesion?", here, (here, mirrored, *(f"{side} {other}" for side in SIDES))),
     ]
     return [_question_row(case, rng, *q) for q in asked]
 
@@ -238,23 +239,28 @@ def split_numbers(cases: int) -> dict[str, range]:
     return {"train": range(train), "validation": range(train, train + validation), "test": range(cases - test, cases)}
 
 
+def caption_manifest(splits: dict[str, range], seed: int) -> str:
+    """Text of ``M3D_Cap.json``, with the published paths that still end in ``.npy``."""
+
+    def entry(case: Case) -> dict[str, str]:
+        folder = f"M3D_Cap_npy/ct_case/{case.id}"
+        return {"image": f"{folder}/{case.series}.npy", "text": f"{folder}/text.txt"}
+
+    entries = {split: [entry(draw_case(number, seed)) for number in numbers] for split, numbers in splits.items()}
+    return json.dumps(entries, indent=1)
+
+
 def write_tables(splits: dict[str, range], seed: int, root: Path) -> None:
-    """``M3D_Cap.json`` and the M3D-VQA tables, with the published paths that still end in ``.npy``."""
-    caption: dict[str, list[dict]] = {}
+    """``M3D_Cap.json`` and the M3D-VQA tables."""
     (root / "M3D-VQA").mkdir(exist_ok=True)
     for split, numbers in splits.items():
         cases = [draw_case(number, seed) for number in numbers]
-        folders = [f"M3D_Cap_npy/ct_case/{case.id}" for case in cases]
-        caption[split] = [
-            {"image": f"{folder}/{case.series}.npy", "text": f"{folder}/text.txt"}
-            for folder, case in zip(folders, cases, strict=True)
-        ]
         name = {"validation": "val"}.get(split, split)
         for table, rows_of in ((name, questions), (f"yn_{name}", yes_no_questions)):
             rows = [row for case in cases for row in rows_of(case)]
             # As published: choices that do not exist are left empty in the yes/no files.
             _replace(root / "M3D-VQA" / f"M3D_VQA_{table}.csv", pd.DataFrame(rows).to_csv())
-    _replace(root / "M3D_Cap" / "M3D_Cap.json", json.dumps(caption, indent=1))
+    _replace(root / "M3D_Cap" / "M3D_Cap.json", caption_manifest(splits, seed))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -264,7 +270,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
-    """Write the data set; returns the number of cases of each split."""
+    """Write the data set; returns the number of cases of each split.
+
+    Raises:
+        ValueError: too few cases.
+        FileExistsError: the folder holds another data set, whose cases would mix with these.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m med3dvlm.data.phantom",
         description="Write synthetic scans with reports and questions in the raw M3D layout.",
@@ -277,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     args = parser.parse_args(argv)
 
     splits = split_numbers(args.cases)
+    manifest = args.output / "M3D_Cap" / "M3D_Cap.json"
+    if manifest.exists() and manifest.read_text(encoding="utf-8") != caption_manifest(splits, args.seed):
+        raise FileExistsError(f"{args.output} holds another data set; name another --output")
     args.output.mkdir(parents=True, exist_ok=True)
     write = partial(write_case, seed=args.seed, root=args.output)
     with ProcessPoolExecutor(args.num_workers) as pool:

@@ -244,3 +244,7 @@ def main(argv=None) -> int:
         print(f"{len(report.errors)} could not be prepared:", *report.errors, sep="\n  ", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

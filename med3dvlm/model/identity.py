@@ -59,7 +59,7 @@ def _base_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes())
+        tensor = tensors[key].detach().cpu().to(torch.bfloat16).contiguous()  # what every dtype of training keeps
+        digest.update(f"{key} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -60,6 +60,24 @@ def projector_tokens(config, low_tokens: int, high_tokens: int) -> int:
     return high_tokens
 
 
+def check_projector_sizes(config, encoder: nn.Module) -> None:
+    """Raise ValueError when the config's projector sizes aren't those of the encoder's last two hidden states."""
+    top = len(encoder.channels) - 1
+    low, high = ([encoder.num_tokens(level), encoder.channels[level]] for level in (top - 1, top))
+    if config.mm_projector_type == "mixer":
+        expected = {"low_input_size": low, "high_input_size": high}
+    elif config.mm_projector_type == "low_high_mlp":
+        expected = {"low_input_size": low[1], "high_input_size": high[1]}
+    else:
+        expected = {"mm_hidden_size": high[1]}
+    for key, size in expected.items():
+        if getattr(config, key) != size:
+            raise ValueError(
+                f"{key}: expected {size} for a {config.mm_projector_type} projector on {config.vision_tower} with "
+                f"input_size {config.input_size} (height, width, depth), found {getattr(config, key)}"
+            )
+
+
 def _check_stream(name: str, x: Tensor, channels: int, tokens: int | None = None) -> None:
     """Raise ValueError unless x is [B, tokens, channels]; tokens None means any number."""
     expected = f"[B, {'N' if tokens is None else tokens}, {channels}]"

@@ -39,6 +39,14 @@ def main_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[str, Tensor]:
+    """The tensors, floating-point ones in `dtype` (or its name); None and "auto" keep each as it is."""
+    if dtype in (None, "auto"):
+        return tensors
+    asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return {key: tensor.to(asked) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
 class PublishedLayout:
     """Mixin for a `PreTrainedModel`: strict loading and bit-exact saving of a folder in the published layout."""
 
@@ -80,10 +88,7 @@ class PublishedLayout:
         tensors = read_weights(folder)
         if isinstance(config, CLIPConfig) and config.text_config is None:
             config.text_config = text_config_of(tensors, folder)
-        asked = torch_dtype if dtype is None else dtype
-        if asked not in (None, "auto"):
-            asked = getattr(torch, asked) if isinstance(asked, str) else asked
-            tensors = {key: t.to(asked) if t.is_floating_point() else t for key, t in tensors.items()}
+        tensors = cast(tensors, torch_dtype if dtype is None else dtype)
         config.dtype = main_dtype(tensors.values())
         config.name_or_path = str(pretrained_model_name_or_path)
         with parameters_on_meta():

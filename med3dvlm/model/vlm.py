@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from med3dvlm.configuration import VLMConfig
 from med3dvlm.model.encoder import build_vision_encoder
 from med3dvlm.model.packing import packed_attention_mask
-from med3dvlm.model.projector import build_projector, projector_tokens, takes_two_streams
-from med3dvlm.model.published import PublishedLayout
+from med3dvlm.model.projector import build_projector, check_projector_sizes, projector_tokens, takes_two_streams
+from med3dvlm.model.published import PublishedLayout, cast, check_model_type, local_folder, main_dtype
 from med3dvlm.model.splice import splice_as_published, splice_at_placeholders
-from med3dvlm.model.weights import load_strict, parameters_on_meta
+from med3dvlm.model.weights import load_strict, parameters_on_meta, read_weights, resize_rows
 
 logger = logging.getLogger(__name__)
 
@@ -232,65 +232,39 @@ class VLMForCausalLM(PublishedLayout, Qwen2ForCausalLM):
             config_overrides: keys of `VLMConfig`; `image_splice` defaults to "placeholder" here.
             dtype: of the whole model; "auto" is the dtype of the stored language model.
         Raises:
-            ValueError: not a Qwen2 model, or sizes that don't fit (see the class).
+            CheckpointError: not a Qwen2 model, or weights that don't fit its config.
+            ValueError: sizes that don't fit (see the class).
         """
-        base = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-        if base.config.model_type != "qwen2":
-            raise ValueError(f"{name_or_path}: expected a qwen2 language model, found {base.config.model_type}")
-        values = {"image_splice": "placeholder", **base.config.to_dict(), "vocab_size": base.config.vocab_size + 1}
+        folder = local_folder(name_or_path)
+        check_model_type(folder, "qwen2")
+        language = cast(read_weights(folder), dtype)
+        language.setdefault("lm_head.weight", language["model.embed_tokens.weight"])  # tied: stored once
+        dtype = main_dtype(language.values())
+        base = Qwen2Config.from_pretrained(folder)
+        values = {"image_splice": "placeholder", **base.to_dict(), "vocab_size": base.vocab_size + 1}
         values |= config_overrides or {}
         for key in ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype"):
             values.pop(key, None)
-        config = cls.config_class(**values, dtype=base.dtype)
+        config = cls.config_class(**values, dtype=dtype)
         config.name_or_path = str(name_or_path)
         with parameters_on_meta():
             model = cls(config)
         model._add_vision(config)
-        model.model.vision_tower.to(base.dtype)
-        model.model.mm_projector.to(base.dtype)
+        model.model.vision_tower.to(dtype)
+        model.model.mm_projector.to(dtype)
         config.proj_out_num = model.num_image_tokens
 
-        language = base.state_dict()
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             language[key] = resize_rows(language[key], config.vocab_size, config.image_token_id)
         image_path = {key: value for key, value in model.state_dict().items() if not value.is_meta}
         load_strict(model, {**image_path, **language}, str(name_or_path), assign=True)
         model.tie_weights()
         # Of the base's generation settings only the end tokens: its sampling penalties would blur greedy answers.
-        model.generation_config.eos_token_id = base.generation_config.eos_token_id
-        model.generation_config.pad_token_id = base.generation_config.pad_token_id
+        stored = (folder / "generation_config.json").is_file()
+        settings = GenerationConfig.from_pretrained(folder) if stored else base
+        model.generation_config.eos_token_id = settings.eos_token_id
+        model.generation_config.pad_token_id = settings.pad_token_id
         return model.eval()
-
-
-def resize_rows(weight: Tensor, rows: int, image_token_id: int) -> Tensor:
-    """Embedding [vocabulary, H] with `rows` rows: cut or extended; new rows and the image token's are means of the old.
-
-    The mean is taken over all other kept rows, in float32 or better (published rule for the row of a new token).
-    """
-    kept = torch.arange(min(rows, len(weight)), device=weight.device)
-    kept = kept[kept != image_token_id]
-    exact = weight[kept].to(torch.promote_types(weight.dtype, torch.float32))
-    resized = exact.mean(dim=0, keepdim=True).to(weight.dtype).repeat(rows, 1)  # [rows, H]
-    resized[kept] = weight[kept]
-    return resized
-
-
-def check_projector_sizes(config: VLMConfig, encoder: nn.Module) -> None:
-    """Raise ValueError when the config's projector sizes aren't those of the encoder's last two hidden states."""
-    top = len(encoder.channels) - 1
-    low, high = ([encoder.num_tokens(level), encoder.channels[level]] for level in (top - 1, top))
-    if config.mm_projector_type == "mixer":
-        expected = {"low_input_size": low, "high_input_size": high}
-    elif config.mm_projector_type == "low_high_mlp":
-        expected = {"low_input_size": low[1], "high_input_size": high[1]}
-    else:
-        expected = {"mm_hidden_size": high[1]}
-    for key, size in expected.items():
-        if getattr(config, key) != size:
-            raise ValueError(
-                f"{key}: expected {size} for a {config.mm_projector_type} projector on {config.vision_tower} with "
-                f"input_size {config.input_size} (height, width, depth), found {getattr(config, key)}"
-            )
 
 
 def lora_target_modules(model: nn.Module) -> list[str]:

@@ -164,6 +164,19 @@ def load_strict(
     module.load_state_dict(tensors, strict=False, assign=assign)
 
 
+def resize_rows(weight: Tensor, rows: int, image_token_id: int) -> Tensor:
+    """Embedding [vocabulary, H] with `rows` rows: cut or extended; new rows and the image token's are means of the old.
+
+    The mean is taken over all other kept rows, in float32 or better (published rule for the row of a new token).
+    """
+    kept = torch.arange(min(rows, len(weight)), device=weight.device)
+    kept = kept[kept != image_token_id]
+    exact = weight[kept].to(torch.promote_types(weight.dtype, torch.float32))
+    resized = exact.mean(dim=0, keepdim=True).to(weight.dtype).repeat(rows, 1)  # [rows, H]
+    resized[kept] = weight[kept]
+    return resized
+
+
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """`state_dict()`, with the shards of DeepSpeed ZeRO-3 gathered (then to be called on every rank)."""
     sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]

@@ -92,6 +92,11 @@ class DataArguments:
     max_bad_samples: int = arg("Unreadable samples to skip (counted and listed) before the stage stops.", default=0)
     augment: bool = arg("Published augmentation: flips and quarter turns contradict sides and planes.", default=False)
 
+    @property
+    def check_files(self) -> bool:
+        """Whether to look for every file before training; where some may be bad, each is met when it is its turn."""
+        return self.max_bad_samples == 0
+
 
 @dataclass
 class PairDataArguments(DataArguments):
@@ -144,7 +149,8 @@ class StageTrainingArguments(transformers.TrainingArguments):
         if asked is None or str(asked).lower() == "false":
             return None
         if str(asked).lower() in ("auto", "true", "last"):
-            return last_complete_checkpoint(self.output_dir)
+            complete = complete_checkpoints(self.output_dir)
+            return str(complete[-1]) if complete else None
         if not (Path(asked) / COMPLETE).is_file():
             raise ValueError(f"--resume_from_checkpoint {asked}: expected a complete checkpoint folder, found no file "
                              f"{COMPLETE!r} in it; 'auto' takes the last complete one of --output_dir")  # fmt: skip
@@ -182,6 +188,10 @@ PUBLISHED_LORA = {
 }
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the examples of the description as they are written."""
+
+
 def parse_stage(stage: str, classes: Sequence[type], argv: Sequence[str] | None, description: str) -> tuple[Any, ...]:
     """Parse a stage's command line into one object per dataclass.
 
@@ -196,17 +206,20 @@ def parse_stage(stage: str, classes: Sequence[type], argv: Sequence[str] | None,
     if stage == "vlm":
         stage = "lora" if known.lora_enable.lower() in ("true", "1", "yes", "y", "t") else "projector"
 
-    parser = transformers.HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(
+        classes, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="published", help="defaults for all other flags")
     defaults = (PUBLISHED_LORA if stage == "lora" else {}) | PRESETS[known.preset][stage]
     accepted = {action.dest for action in parser._actions}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in accepted})
-    *parsed, _ = parser.parse_args_into_dataclasses(argv)
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(parsed)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint folder of a run that was written to its end."""
-    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    complete = [folder for folder in folders if (folder / COMPLETE).is_file()]
-    return str(complete[-1]) if complete else None
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run that were written to their end, by their steps."""
+    folders = [file.parent for file in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from med3dvlm.data.collate import collate_pairs
 from med3dvlm.data.datasets import PairDataset
@@ -50,6 +51,13 @@ def build_model(args: CLIPModelArguments) -> CLIPModel:
 class ContrastiveTrainer(StageTrainer):
     """As `StageTrainer`; the text encoder may learn at a rate of its own."""
 
+    def __init__(self, model: CLIPModel, *args):
+        super().__init__(model, *args)
+        for parameter in model.parameters():
+            if parameter.ndim == 0:
+                # DeepSpeed can't broadcast single numbers and skips what has this mark; all ranks start from the same.
+                parameter.ds_optim_param = True
+
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         rate = self.args.text_learning_rate
@@ -63,17 +71,25 @@ class ContrastiveTrainer(StageTrainer):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the stage; returns its metrics (`train_loss`, `train_runtime` in seconds, `bad_samples`, ...)."""
+    """Run the stage; returns its metrics (`train_loss`, `train_runtime` in seconds, `bad_samples`, ...).
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
     classes = (CLIPModelArguments, PairDataArguments, CLIPTrainingArguments)
     model_args, data_args, training_args = parse_stage("clip", classes, argv, __doc__)
     log_to_console()
+    if data_args.max_bad_samples and training_args.world_size > 1:
+        raise ValueError("--max_bad_samples needs a single process here: all ranks must bring equal batches")
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 can't spread the single numbers t_prime and bias; here use scripts/zero2.json")
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args.pretrained_model or model_args.language_model_name_or_path)
     model = build_model(model_args)
     preprocess = PreprocessConfig("published", model_args.volume_size)
     dataset = PairDataset(
-        read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train"),
+        read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train", data_args.check_files),
         tokenizer,
         data_args.max_length,
         preprocess,

@@ -34,7 +34,9 @@ def load_unmerged(folder: str | Path):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: expected the output of the LoRA stage, found no {name}")
     model = VLMForCausalLM(VLMConfig.from_pretrained(folder))
-    adapted = get_peft_model(model, LoraConfig.from_pretrained(folder))
+    adapters = LoraConfig.from_pretrained(folder)
+    model.name_or_path = adapters.base_model_name_or_path  # peft warns where they differ; the weights are checked
+    adapted = get_peft_model(model, adapters)
     load_lora(adapted, folder)
     return adapted.eval()
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
-from med3dvlm.train.arguments import COMPLETE, StageTrainingArguments
+from med3dvlm.train.arguments import COMPLETE, StageTrainingArguments, complete_checkpoints
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
@@ -23,7 +27,10 @@ TRAINED = "trained.safetensors"  # what a checkpoint of a language-model stage h
 class MixedDataset(ConcatDataset):
     """Several data sets one after the other, that are told the epoch and report what they skipped."""
 
+    epoch = 0
+
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
 
@@ -36,38 +43,66 @@ class MixedDataset(ConcatDataset):
         return [length for dataset in self.datasets for length in dataset.lengths]
 
 
-class CheckpointCallback(TrainerCallback):
-    """Tells the data set its epoch, and marks a checkpoint as complete once everything of it is written."""
+class LengthSampler(LengthGroupedSampler):
+    """Batches of like lengths; their order follows from seed and epoch alone, so that a continued run repeats it.
 
-    def __init__(self, dataset):
+    Args:
+        dataset: has `lengths` and `epoch`.
+    """
+
+    def __init__(self, batch_size: int, dataset: MixedDataset, seed: int):
+        super().__init__(batch_size, lengths=dataset.lengths, generator=torch.Generator())
+        self.dataset, self.seed = dataset, seed
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.dataset.epoch)
+        return super().__iter__()
+
+
+class CheckpointCallback(TrainerCallback):
+    """Tells the data set its epoch; marks a checkpoint as complete once everything of it is written.
+
+    Only then older ones are removed, down to `keep` (None: all stay), so that there is always one to continue from.
+    """
+
+    def __init__(self, dataset, keep: int | None):
         self.dataset = dataset
+        self.keep = keep
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
+        self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))  # a sum of fractions may end just below
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its part
+        if not state.is_world_process_zero:
+            return
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (written / COMPLETE).touch()
+        if self.keep:
+            older = [folder for folder in complete_checkpoints(args.output_dir) if folder != written]
+            for folder in older[: max(0, len(older) + 1 - self.keep)]:
+                (folder / COMPLETE).unlink()
+                shutil.rmtree(folder)
 
 
 class StageTrainer(Trainer):
     """HF Trainer for the contrastive stage: whole checkpoints in the published layout.
 
     Args:
-        train_dataset: has `set_epoch`, `bad_samples` and, where batches of like lengths pay, `lengths`.
+        train_dataset: has `set_epoch`, `bad_samples` and, where batches of like lengths pay, `lengths` and `epoch`.
     """
 
     def __init__(self, model: nn.Module, args: StageTrainingArguments, train_dataset, data_collator):
-        callbacks = [CheckpointCallback(train_dataset)]
+        callbacks = [CheckpointCallback(train_dataset, args.save_total_limit)]
+        args.save_total_limit = None  # the Trainer would remove the old checkpoint before the new one is complete
         super().__init__(model, args, data_collator, train_dataset, callbacks=callbacks)
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = getattr(self.train_dataset, "lengths", None)
-        if lengths is None:
+        if not hasattr(self.train_dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        generator = torch.Generator().manual_seed(self.args.seed)
-        return LengthGroupedSampler(batch, lengths=lengths, generator=generator)
+        return LengthSampler(batch, self.train_dataset, self.args.seed)
 
     def run(self) -> dict[str, float]:
         """Train from the start or the asked checkpoint; returns the stage's metrics and writes `trainer_state.json`."""
@@ -114,6 +149,20 @@ def trained_keys(model: nn.Module) -> list[str]:
 
     buffers = [name for name, _ in model.named_buffers() if name in persistent and trains(name)]
     return sorted(trainable) + sorted(buffers)
+
+
+@contextmanager
+def whole_models(args: StageTrainingArguments) -> Iterator[None]:
+    """Build models whole on every process.
+
+    Under ZeRO-3, transformers would spread the weights while it loads them, and then they can be neither resized nor
+    checked. DeepSpeed spreads those of a whole model when training starts.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()
+    yield
+    if config is not None:
+        set_hf_deepspeed_config(config)
 
 
 def log_to_console() -> None:

@@ -35,7 +35,7 @@ from med3dvlm.model.identity import base_identity, write_identity
 from med3dvlm.model.vlm import VLMForCausalLM, lora_target_modules
 from med3dvlm.processing import VLMProcessor, load_tokenizer
 from med3dvlm.train.arguments import QADataArguments, VLMModelArguments, VLMTrainingArguments, parse_stage
-from med3dvlm.train.trainer import MixedDataset, TrainedOnlyTrainer, log_to_console
+from med3dvlm.train.trainer import MixedDataset, TrainedOnlyTrainer, log_to_console, whole_models
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
@@ -86,15 +86,16 @@ def build_dataset(data_args: QADataArguments, training_args: VLMTrainingArgument
         "max_bad_samples": data_args.max_bad_samples,
     }
     length = training_args.model_max_length
-    captions = read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train")
-    questions = read_vqa_csv(data_args.vqa_data_train_path, data_args.data_root)
+    root, check = data_args.data_root, data_args.check_files
+    captions = read_caption_manifest(data_args.cap_data_path, root, "train", check)
+    questions = read_vqa_csv(data_args.vqa_data_train_path, root, check)
     datasets = [
         CaptionDataset(captions, processor, length, **options),
         VQADataset(questions, processor, length, kind="closed", **options),
         VQADataset(questions, processor, length, kind="open", **options),
     ]
     if training_args.lora_enable:
-        yes_no = read_vqa_csv(data_args.vqa_yn_data_train_path, data_args.data_root)
+        yes_no = read_vqa_csv(data_args.vqa_yn_data_train_path, root, check)
         datasets.append(VQADataset(yes_no, processor, length, kind="yes_no", **options))
     if data_args.questions_per_image > 1:
         return GroupedQADataset(datasets, length, data_args.questions_per_image, **options)
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the stage; returns its metrics (`train_loss`, `train_runtime` in seconds, `bad_samples`, ...).
 
     Raises:
-        ValueError: neither stage or both are asked for.
+        ValueError: neither stage is asked for.
     """
     classes = (VLMModelArguments, QADataArguments, VLMTrainingArguments)
     model_args, data_args, training_args = parse_stage("vlm", classes, argv, __doc__)
@@ -130,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     log_to_console()
     set_seed(training_args.seed)
 
-    model, processor = build_model(model_args, stage)
+    with whole_models(training_args):
+        model, processor = build_model(model_args, stage)
     identity = base_identity(model, model_args.model_name_or_path)
     dataset = build_dataset(data_args, training_args, processor)
     logger.info("%d samples; preprocessing: %s", len(dataset), processor.preprocess)

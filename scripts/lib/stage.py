@@ -1,8 +1,8 @@
 """Run one stage of the quickstart as a child process and record what it took in `stages.json`.
 
-    python scripts/lib/stage.py RUN_DIR SEED NAME COMMAND [ARGUMENT...]
+    python scripts/lib/stage.py RUN_DIR SEED NAME [COMMAND ARGUMENT...]
 
-A stage that is recorded with the same command is not run again. Seconds are wall time; peak memory is that of the
+Without a command: exit code 0 if the stage is done, 1 if not. A stage recorded with the same command is not run again. Seconds are wall time; peak memory is that of the
 process and its children together, looked at five times a second.
 """
 
@@ -62,6 +62,8 @@ def main() -> int:
     file = Path(folder) / "stages.json"
     record = read_record(file, int(seed))
     done = record["stages"].get(name)
+    if not command:
+        return 0 if done else 1
     if done and done["command"] == command:
         print(f"== {name}: done before, in {done['seconds']:.0f} s", flush=True)
         return 0

@@ -14,12 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_script(script, *arguments, cwd, **variables) -> subprocess.CompletedProcess:
-    """Run `sh <script> <arguments>` in `cwd`, with this Python as the active environment."""
+def run_script(script, *arguments, cwd, timeout: float = 120, **variables) -> subprocess.CompletedProcess:
+    """Run `sh <script> <arguments>` in `cwd`, with this Python as the active environment; timeout in seconds."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NPROC", "HOSTFILE", "NNODES")}
     environment |= {"VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""} | variables
     command = ["sh", str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def dry_run(script, *arguments, cwd, **variables) -> list[str]:

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from med3dvlm.configuration import VLMConfig
-from med3dvlm.model.vlm import VLMForCausalLM, resize_rows
+from med3dvlm.model.vlm import VLMForCausalLM
+from med3dvlm.model.weights import resize_rows
 from tests.helpers.golden import fill_by_rule, load_golden, rule_volume
 from tests.helpers.tiny_data import vlm_tokenizer
 from tests.helpers.tiny_model import TINY_PROJECTORS, tiny_vlm_config, write_tiny_language_model
@@ -230,7 +231,7 @@ def test_building_on_another_architecture_is_an_error(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected a qwen2 language model, found gpt2"):
+    with pytest.raises(ValueError, match="expected a checkpoint of type qwen2, found gpt2"):
         VLMForCausalLM.from_language_model(tmp_path)
 
 

@@ -1,0 +1,84 @@
+"""Defaults of the stages: the published recipe, presets over it, the command line over both."""
+
+import math
+
+import pytest
+
+from med3dvlm.configuration import PRESETS
+from med3dvlm.train import arguments
+from med3dvlm.train.arguments import complete_checkpoints, parse_stage
+
+CLIP = (arguments.CLIPModelArguments, arguments.PairDataArguments, arguments.CLIPTrainingArguments)
+VLM = (arguments.VLMModelArguments, arguments.QADataArguments, arguments.VLMTrainingArguments)
+STAGES = {
+    "clip": ("clip", CLIP, []),
+    "projector": ("vlm", VLM, ["--tune_mm_mlp_adapter", "True"]),
+    "lora": ("vlm", VLM, ["--lora_enable", "True"]),
+}
+# batch per GPU, epochs, learning rate, weight decay
+RECIPE = {"clip": (64, 100, 1e-4, 0.1), "projector": (16, 3, 1e-4, 0.0), "lora": (8, 5, 5e-5, 0.0)}
+
+
+def parse(stage, *argv):
+    name, classes, flags = STAGES[stage]
+    return parse_stage(name, classes, [*flags, *argv], "")
+
+
+@pytest.mark.parametrize("stage", RECIPE)
+def test_defaults_are_the_published_recipe(stage):
+    model, data, training = parse(stage)
+    found = (training.per_device_train_batch_size, training.num_train_epochs, training.learning_rate,
+             training.weight_decay)  # fmt: skip
+    assert found == RECIPE[stage]
+    assert training.lr_scheduler_type == "cosine" and training.get_warmup_steps(1000) == 30
+    assert (model.vision_variant, model.input_size, model.volume_size) == ("small", [256, 256, 128], (128, 256, 256))
+    assert not data.augment and data.max_bad_samples == 0 and training.max_steps == -1
+    if stage == "clip":
+        assert (model.loss_type, model.language_model_name_or_path) == ("sigmoid", "medicalai/ClinicalBERT")
+        assert (model.t_prime, model.bias) == (math.log(10), -10)
+        assert data.max_length == 512 and training.dataloader_drop_last
+    else:
+        assert (model.model_name_or_path, model.mm_projector_type) == ("Qwen/Qwen2.5-7B-Instruct", "mixer")
+        assert (model.low_output_size, model.high_output_size) == ([192, 128], [64, 128])
+        assert training.model_max_length == 512 and data.questions_per_image == 1
+    if stage == "lora":
+        assert (training.lora_r, training.lora_alpha, training.lora_dropout) == (16, 32, 0.05)
+
+
+@pytest.mark.parametrize("stage", RECIPE)
+def test_presets_come_before_defaults_and_the_command_line_before_presets(stage):
+    values = PRESETS["quickstart"][stage]
+    *_, plain = parse(stage, "--preset", "quickstart")
+    model, _, asked = parse(stage, "--learning_rate", "0.5", "--preset", "quickstart", "--vision_variant", "tiny")
+    assert plain.learning_rate == values["learning_rate"] and plain.max_steps == values["max_steps"] > 0
+    assert asked.learning_rate == 0.5 and asked.max_steps == values["max_steps"]
+    assert model.vision_variant == "tiny" and model.input_size == values["input_size"]
+
+
+def test_every_key_of_a_preset_is_a_flag_of_its_stage():
+    for preset in PRESETS.values():
+        for stage, (_, classes, _) in STAGES.items():
+            known = {name for cls in classes for name in cls.__dataclass_fields__}
+            assert set(preset[stage]) <= known, stage
+
+
+@pytest.mark.parametrize("flag", ["--lora_rank", "--learn", "--no_such"])
+def test_unknown_and_shortened_flags_are_refused(flag, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        parse("lora", flag, "1")
+    assert flag in capsys.readouterr().err + str(caught.value)
+
+
+def test_lora_enable_decides_on_the_defaults():
+    assert parse_stage("vlm", VLM, ["--lora_enable"], "")[2].num_train_epochs == 5
+    assert parse_stage("vlm", VLM, ["--lora_enable=False"], "")[2].num_train_epochs == 3
+
+
+def test_complete_checkpoints_are_ordered_by_their_steps(tmp_path):
+    for step in (100, 20, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    (tmp_path / "checkpoint-200").mkdir()
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == [
+        "checkpoint-3", "checkpoint-20", "checkpoint-100"]  # fmt: skip
+    assert complete_checkpoints(tmp_path / "absent") == []

@@ -1,0 +1,169 @@
+"""The contrastive stage on a few phantoms: what it writes, where it starts, how it goes on after an interruption."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from med3dvlm.data.manifest import ManifestError
+from med3dvlm.data.volume import VolumeError
+from med3dvlm.inference import load_clip
+from med3dvlm.model.checkpoint import load_vision_encoder
+from med3dvlm.model.clip import CLIPModel
+from med3dvlm.model.weights import read_tensors, write_tensors
+from med3dvlm.processing import load_tokenizer
+from tests.helpers.tiny_stages import TRAINING_CASES, copy_run, damaged_data, different, interrupt, losses
+
+# Two steps are an epoch (10 cases, batches of 4, the rest dropped).
+STEPS, SAVE = ["--max_steps", 6], ["--save_steps", 1, "--save_total_limit", 10]
+
+
+def test_the_data_are_what_the_tests_think(stages):
+    manifest = json.loads((stages.data / "M3D_Cap_npy/M3D_Cap.json").read_text())
+    assert len(manifest["train"]) == TRAINING_CASES
+
+
+@pytest.fixture(scope="module")
+def run(stages, tmp_path_factory):
+    """An uninterrupted run of three epochs."""
+    folder = tmp_path_factory.mktemp("clip") / "run"
+    metrics = stages.clip(folder, *STEPS, *SAVE)
+    assert metrics["bad_samples"] == 0 and math.isfinite(metrics["train_loss"])
+    return folder
+
+
+def test_the_stage_hands_over_its_encoder_under_the_published_names(run, tmp_path):
+    assert {"config.json", "model.safetensors", "pretrained_ViT.bin", "tokenizer.json", "trainer_state.json"} <= {
+        file.name for file in run.iterdir()
+    }
+    encoder = read_tensors(run / "pretrained_ViT.bin")
+    assert all(key.startswith("encoder.") for key in encoder)
+    model = CLIPModel.from_pretrained(run)
+    assert not different(model.vision_encoder.state_dict(), encoder)
+    assert model.config.architectures == ["DEC_CLIP"]
+    write_tensors(encoder, tmp_path / "pretrained_ViT.safetensors")
+    for source in (run / "pretrained_ViT.bin", tmp_path / "pretrained_ViT.safetensors", tmp_path):
+        fresh = CLIPModel(model.config)
+        load_vision_encoder(fresh, source)
+        assert not different(fresh.vision_encoder.state_dict(), encoder)
+
+
+def test_the_trained_model_can_be_evaluated(run):
+    encoder = load_clip(run, device="cpu")
+    tokens = encoder.tokenizer(["a small cyst", "a large abscess"], padding=True, return_tensors="pt")
+    features = encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"])
+    assert features.shape == (2, 32) and torch.allclose(features.norm(dim=1), torch.ones(2))
+
+
+def test_everything_trains_and_text_weights_start_from_the_named_encoder(stages, run, tmp_path):
+    stages.clip(tmp_path / "start", "--max_steps", 1, "--learning_rate", 0)
+    started, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", run))
+    text = AutoModel.from_pretrained(stages.models / "text_encoder").state_dict()
+    prefix = "language_encoder."
+    assert not different({k.removeprefix(prefix): v for k, v in started.items() if k.startswith(prefix)}, text)
+    stayed = set(started) - set(different(trained, started))
+    assert not stayed, f"did not train: {stayed}"
+
+
+@pytest.mark.parametrize("step", [3, 4, 6], ids=["within an epoch", "between epochs", "after the last step"])
+def test_resuming_equals_not_having_stopped(stages, run, tmp_path, step):
+    folder = copy_run(run, tmp_path / "run")
+    interrupt(folder, *range(1, step + 1))
+    stages.clip(folder, *STEPS, *SAVE, "--resume_from_checkpoint", "auto")
+    assert losses(folder) == losses(run)
+    assert not different(load_file(folder / "model.safetensors"), load_file(run / "model.safetensors"))
+
+
+def test_an_incomplete_checkpoint_is_not_continued_from(stages, run, tmp_path, caplog):
+    folder = copy_run(run, tmp_path / "run")
+    interrupt(folder)
+    with pytest.raises(ValueError, match="checkpoint-3: expected a complete checkpoint folder, found no"):
+        stages.clip(folder, *STEPS, "--resume_from_checkpoint", folder / "checkpoint-3")
+    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+    stages.clip(folder, *STEPS, "--save_strategy", "no", "--resume_from_checkpoint", "auto")
+    assert "continuing from" not in caplog.text
+    assert losses(folder) == losses(run)
+
+
+def test_a_named_checkpoint_is_continued_from(stages, run, tmp_path):
+    stages.clip(tmp_path, *STEPS, "--save_strategy", "no", "--resume_from_checkpoint", run / "checkpoint-2")
+    assert losses(tmp_path) == losses(run)
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_complete(stages, tmp_path, monkeypatch):
+    """A run that dies while it writes or removes a checkpoint leaves one that it can continue from."""
+    from med3dvlm.train import trainer
+
+    def dies(path, *args, **kwargs):
+        assert not (path / "complete").exists(), "half removed, yet marked as complete"
+        assert (tmp_path / "checkpoint-2" / "complete").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.shutil, "rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stages.clip(tmp_path, "--save_steps", 1, "--save_total_limit", 1)
+
+
+def test_as_many_checkpoints_stay_as_asked_for(stages, tmp_path):
+    stages.clip(tmp_path, *STEPS, "--save_steps", 1, "--save_total_limit", 2)
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_dual_encoder_is_trained_further(stages, run, tmp_path):
+    stages.clip(tmp_path, "--pretrained_model", run, "--language_model_name_or_path", "absent", "--learning_rate", 0,
+                "--max_steps", 1)  # fmt: skip
+    changed = different(load_file(tmp_path / "model.safetensors"), load_file(run / "model.safetensors"))
+    assert changed and all("running_" in key or "num_batches" in key for key in changed)
+    vocabularies = [load_tokenizer(folder).get_vocab() for folder in (tmp_path, run)]
+    assert vocabularies[0] == vocabularies[1]
+
+
+def test_the_text_encoder_may_learn_at_its_own_rate(stages, tmp_path):
+    stages.clip(tmp_path, "--text_learning_rate", 0, "--bias", -3, "--weight_decay", 0.1)
+    weights = load_file(tmp_path / "model.safetensors")
+    text = AutoModel.from_pretrained(stages.models / "text_encoder").state_dict()
+    assert not different({key: weights[f"language_encoder.{key}"] for key in text}, text)
+    assert weights["bias"].item() != -3.0 and abs(weights["bias"].item() + 3) < 0.1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--loss_type", "nce"],
+    ["--vision_encoder", "vit3d", "--dim", "48", "--depth", "2", "--patch_size", "16", "16", "16"],
+], ids=["nce", "vit3d"])  # fmt: skip
+def test_other_losses_and_encoders_train(stages, tmp_path, flags):
+    stages.clip(tmp_path, *flags)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path)) and len(losses(tmp_path)) == 2
+    model = CLIPModel.from_pretrained(tmp_path)
+    assert hasattr(model, "logit_scale") == ("nce" in flags)
+    load_vision_encoder(model, tmp_path / "pretrained_ViT.bin")
+
+
+def test_a_missing_file_is_named_before_training(stages, tmp_path):
+    root, image, _ = damaged_data(stages.data, tmp_path / "data")
+    image.unlink()
+    with pytest.raises(ManifestError, match=rf"M3D_Cap.json, row train\[1\]: {image} does not exist"):
+        stages.clip(tmp_path / "run", *stages.data_flags(root))
+
+
+def test_a_damaged_file_is_named_when_it_is_read(stages, tmp_path):
+    root, image, _ = damaged_data(stages.data, tmp_path / "data")
+    with pytest.raises(VolumeError, match=rf"M3D_Cap.json, row train\[1\]: {image}"):
+        stages.clip(tmp_path / "run", *stages.data_flags(root))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_as_many_bad_samples_as_allowed_are_skipped_and_listed(stages, tmp_path, caplog, missing):
+    root, *images = damaged_data(stages.data, tmp_path / "data")
+    if missing:
+        images[0].unlink()
+    flags = [*stages.data_flags(root), "--num_train_epochs", 1, "--max_steps", -1, "--per_device_train_batch_size", 5]
+    with pytest.raises((VolumeError, ManifestError), match=r"\(1 bad samples allowed\)"):
+        stages.clip(tmp_path / "run", *flags, "--max_bad_samples", 1)
+    metrics = stages.clip(tmp_path / "run", *flags, "--max_bad_samples", 2)
+    assert metrics["bad_samples"] == 2
+    assert "2 samples could not be read and were skipped" in caplog.text
+    for number, image in zip((1, 4), images, strict=True):
+        assert f"M3D_Cap.json, row train[{number}]: {image}" in caplog.text
