@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer
 
 from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.volume import Volume, VolumeError, load_volume
 from med3dvlm.model.clip import CLIPModel
+from med3dvlm.model.published import device_of
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError
-from med3dvlm.processing import VLMProcessor
+from med3dvlm.processing import VLMProcessor, load_tokenizer
 
 NOTICE = "For research only. Not a medical device: do not use the answer for diagnosis or treatment."
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -188,7 +188,7 @@ def load_model(name_or_path: str, device: str = "auto", dtype: str = "auto") -> 
     """
     model = VLMForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype])
     processor = VLMProcessor.from_pretrained(name_or_path, config=model.config)
-    return Med3DVLM(model.to(_device(device)), processor)
+    return Med3DVLM(model.to(device_of(device)), processor)
 
 
 def load_clip(name_or_path: str, device: str = "auto", dtype: str = "auto") -> ImageTextEncoder:
@@ -199,10 +199,4 @@ def load_clip(name_or_path: str, device: str = "auto", dtype: str = "auto") -> I
     model = CLIPModel.from_pretrained(name_or_path, dtype=DTYPES[dtype])
     height, width, depth = model.config.input_size
     preprocess = PreprocessConfig("published", (depth, height, width))
-    return ImageTextEncoder(model.to(_device(device)), AutoTokenizer.from_pretrained(name_or_path), preprocess)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return ImageTextEncoder(model.to(device_of(device)), load_tokenizer(name_or_path), preprocess)

@@ -10,27 +10,48 @@ import torch
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from med3dvlm.configuration import IMAGE_TOKEN, CLIPConfig, VLMConfig
 from med3dvlm.data.collate import IGNORED_LABEL, pad_sequences
 from med3dvlm.data.files import write_bytes
 from med3dvlm.data.preprocess import PreprocessConfig, preprocess
 from med3dvlm.data.volume import load_volume
+from med3dvlm.model.weights import CheckpointError, checkpoint_errors
 
-IMAGE_TOKEN = "<im_patch>"
 PROCESSOR_FILE = "processor_config.json"
 # What stands between the image tokens and the text: published training has a space before a question only.
 SEPARATORS = {"vqa": " ", "caption": ""}
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def load_tokenizer(folder):
     """The tokenizer of a local folder or a hub name.
 
-    Where its files say that `tokenizer.json` is the whole tokenizer, it is taken as it is. AutoTokenizer would go by
-    the model type in `config.json` instead: beside a `qwen2` model it rebuilds any tokenizer as a byte-level one, and
-    the same text silently gets other ids.
+    Where its files don't name a class of its own, `tokenizer.json` is the whole tokenizer and taken as it is.
+    AutoTokenizer would go by the model type in `config.json` instead: beside a `qwen2` model it rebuilds any tokenizer
+    as a byte-level one, beside our dual encoder as CLIP's, and the same text silently gets other ids. Only a model
+    type of transformers' own with the vocabulary of that type (as older hub folders have it) is left to it.
+    A dual encoder without a tokenizer takes the one of `language_model_name_or_path` in its config.
+
+    Raises:
+        CheckpointError: no tokenizer there.
     """
     kind = _read_json(folder, "tokenizer_config.json").get("tokenizer_class")
-    generic = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(folder)
+    if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if kind is not None:
+        return AutoTokenizer.from_pretrained(folder)
+    found = [name for name in VOCABULARY_FILES if _file(folder, name)]
+    config = _read_json(folder, "config.json")
+    ours = config.get("model_type") in (CLIPConfig.model_type, VLMConfig.model_type)
+    if found == ["tokenizer.json"] or (ours and "tokenizer.json" in found):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if found and not ours:
+        return AutoTokenizer.from_pretrained(folder)
+    advice = "put tokenizer.json and tokenizer_config.json of its language model there"
+    if config.get("model_type") != CLIPConfig.model_type:
+        raise CheckpointError(f"{folder}: holds no tokenizer; {advice}")
+    with checkpoint_errors(f"{folder}: holds no tokenizer ({advice}), and that of its config"):
+        return load_tokenizer(CLIPConfig.from_dict(config).language_model_name_or_path)
 
 
 class SequenceTooLongError(ValueError):
@@ -96,23 +117,25 @@ class VLMProcessor:
     def encode_turns(self, turns, max_length: int) -> dict[str, torch.Tensor]:
         """Pack several questions and answers about one volume into one sequence (see `med3dvlm.model.packing`).
 
-        turns: `(prompt, answer)`, of which the first prompt holds the image tokens. A turn that doesn't fit as a whole
-        is left out. Returns input_ids, attention_mask, labels (on answers and end tokens only), turn_ids (0 on the
-        image tokens, then 1, 2, ...) and position_ids (each turn counts on from the image tokens).
-        Raises SequenceTooLongError where the first turn doesn't fit.
+        turns: `(prompt, answer)`, of which the first prompt holds the image tokens. Where the first turn exceeds
+        `max_length`, it is cut off as in `encode`; a later one that doesn't fit as a whole is left out.
+        Returns input_ids, attention_mask, labels (on answers and end tokens only), turn_ids (0 on the image tokens,
+        then 1, 2, ...) and position_ids (each turn counts on from the image tokens).
+        Raises SequenceTooLongError where the first prompt alone fills `max_length`.
         """
         shared = self.num_image_tokens
         input_ids, labels, turn_ids, position_ids = [], [], [0] * shared, list(range(shared))
         for prompt, answer in turns:
             ids, asked = self._answered(prompt, answer)
+            if not input_ids:
+                self._check_length(asked, max_length)
+                ids = ids[:max_length]
             own = len(ids) if input_ids else len(ids) - shared
             if len(input_ids) + len(ids) <= max_length:
                 input_ids += ids
                 labels += [IGNORED_LABEL] * asked + ids[asked:]
                 turn_ids += [turn_ids[-1] + 1] * own
                 position_ids += range(shared, shared + own)
-            elif not input_ids:
-                raise SequenceTooLongError(f"the first turn has {len(ids)} tokens, the sequence {max_length}")
         return _tensors(
             input_ids=input_ids,
             attention_mask=[1] * len(input_ids),
@@ -160,18 +183,21 @@ class VLMProcessor:
 
         A published model has no `processor_config.json`: the number of image tokens and the size then come from its
         `config` (read from the folder where None), and the preprocessing is the published one.
-        Raises ValueError where neither says how many image tokens there are.
+        Raises CheckpointError where neither says how many image tokens there are, or a file cannot be used.
         """
-        tokenizer = load_tokenizer(folder)
-        values = _read_json(folder, PROCESSOR_FILE)
-        if values:
-            steps = PreprocessConfig.from_dict(values["preprocess"])
-            return cls(tokenizer, values["num_image_tokens"], steps, values["image_token"])
-        values = config.to_dict() if config is not None else _read_json(folder, "config.json")
-        if not values.get("proj_out_num") or not values.get("input_size"):
-            raise ValueError(f"{folder}: neither {PROCESSOR_FILE} nor proj_out_num and input_size in its config.json")
-        height, width, depth = values["input_size"]
-        return cls(tokenizer, values["proj_out_num"], PreprocessConfig("published", (depth, height, width)))
+        with checkpoint_errors(folder):
+            tokenizer = load_tokenizer(folder)
+            values = _read_json(folder, PROCESSOR_FILE)
+            if values:
+                steps = PreprocessConfig.from_dict(values["preprocess"])
+                return cls(tokenizer, values["num_image_tokens"], steps, values["image_token"])
+            values = config.to_dict() if config is not None else _read_json(folder, "config.json")
+            if not values.get("proj_out_num") or not values.get("input_size"):
+                raise CheckpointError(
+                    f"{folder}: neither {PROCESSOR_FILE} nor proj_out_num and input_size in its config.json"
+                )
+            height, width, depth = values["input_size"]
+            return cls(tokenizer, values["proj_out_num"], PreprocessConfig("published", (depth, height, width)))
 
     def _answered(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Ids of prompt, space, answer and end token, and how many of them the prompt takes."""
@@ -188,8 +214,12 @@ class VLMProcessor:
 
 def _read_json(folder, name: str) -> dict:
     """A json file of a local folder or a hub name; empty where it has none."""
-    file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+    file = _file(folder, name)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+
+
+def _file(folder, name: str) -> str | None:
+    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
 
 
 def _tensors(**lists) -> dict[str, torch.Tensor]:

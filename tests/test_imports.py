@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "med3dvlm.model": {"configuration", "model"},
     "med3dvlm.model.losses": set(),
     "med3dvlm.data": {"configuration", "data"},
-    "med3dvlm.processing": {"data"},
+    "med3dvlm.processing": {"configuration", "data", "model.weights"},
     "med3dvlm.inference": {"configuration", "model", "data", "processing"},
     "med3dvlm.train": {"configuration", "model", "data", "processing", "train"},
     "med3dvlm.evaluation": {"inference", "data", "evaluation"},

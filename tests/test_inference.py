@@ -5,7 +5,7 @@ from transformers import TextStreamer
 from med3dvlm.data.volume import VolumeError, load_volume
 from med3dvlm.inference import load_clip, load_model
 from med3dvlm.model.weights import CheckpointError
-from tests.helpers.tiny_data import write_prepared_tree
+from tests.helpers.tiny_data import clip_tokenizer, write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_clip, write_tiny_vlm
 
 QUESTIONS = ["Which plane is shown?", "Where?", "Describe the findings of this scan, please."]
@@ -85,6 +85,14 @@ def test_dual_encoder_gives_unit_features(tmp_path, paths):
     texts = clip.encode_texts(tokens["input_ids"], tokens["attention_mask"])
     assert images.shape == texts.shape == (2, clip.model.config.hidden_size)
     torch.testing.assert_close(torch.cat([images, texts]).norm(dim=1), torch.ones(4))
+
+
+def test_dual_encoder_reads_its_tokenizer_as_it_is(tmp_path):
+    """transformers would go by the name of our config and build CLIP's byte-level tokenizer."""
+    folder = write_tiny_clip(tmp_path / "clip")
+    (folder / "tokenizer_config.json").unlink()
+    expected = clip_tokenizer()("a large cyst")["input_ids"]
+    assert load_clip(str(folder), device="cpu").tokenizer("a large cyst")["input_ids"] == expected
 
 
 def test_other_architecture_is_named(tmp_path):

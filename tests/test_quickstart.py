@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def checkout(tmp_path):
 
 def write_finished(folder, seed):
     folder.mkdir(parents=True)
-    stages = {"report": {"seconds": 1.0, "peak_mb": 10, "command": ["true"]}}
+    stages = {"ask_scan": {"seconds": 1.0, "peak_mb": 10, "command": ["true"]}}  # the last one
     (folder / "stages.json").write_text(json.dumps({"seed": seed, "stages": stages}))
 
 
@@ -134,6 +135,21 @@ def test_a_stage_runs_once_and_is_recorded(run_stage, tmp_path):
     entry = record(tmp_path)["stages"]["clip"]
     assert record(tmp_path)["seed"] == 0 and entry["command"] == command
     assert entry["seconds"] >= 0 and entry["peak_mb"] >= 0
+
+
+def test_without_a_command_it_says_whether_the_stage_is_done(run_stage, tmp_path):
+    assert run_stage("clip").returncode == 1 and not (tmp_path / "stages.json").exists()
+    run_stage("clip", *append(tmp_path / "log"))
+    assert run_stage("clip").returncode == 0 and run_stage("lora").returncode == 1
+    assert (tmp_path / "log").read_text() == "ran\n"
+
+
+def test_the_last_stage_of_the_script_is_the_one_that_means_finished():
+    """Otherwise a finished run would start again, or an unfinished one would be taken for finished."""
+    text = (ROOT / "scripts/quickstart.sh").read_text()
+    finished = re.search(r"^if stage (\w+); then", text, re.MULTILINE).group(1)
+    names = re.findall(r"^(?:python_stage|stage|train_vlm|evaluate_\w+|ask) (\w+)", text, re.MULTILINE)
+    assert len(names) > 10 and names[-1] == finished
 
 
 def test_another_command_under_the_same_name_runs(run_stage, tmp_path):

@@ -131,8 +131,12 @@ class CaptionDataset(QuestionDataset):
 
     @property
     def lengths(self) -> list[int]:
-        """A measure of the texts' lengths, for grouping by length: bytes of the reports, read from the folder only."""
-        return [Path(record.text_path).stat().st_size for record in self.records]
+        """A measure of the texts' lengths, for grouping by length: bytes of the reports, read from the folder only.
+
+        A missing report counts as 0 where bad samples are allowed: reading its item counts it among them.
+        """
+        paths = (Path(record.text_path) for record in self.records)
+        return [0 if self.max_bad_samples and not path.exists() else path.stat().st_size for path in paths]
 
 
 class VQADataset(QuestionDataset):
@@ -174,7 +178,7 @@ class GroupedQADataset(ImageTextDataset):
 
     Args:
         datasets: `CaptionDataset` and `VQADataset`, whose items of the same image are grouped.
-        questions_per_image: the most turns in a sequence; those that don't fit `max_length` are left out.
+        questions_per_image: the most turns in a sequence; later ones that don't fit `max_length` are left out.
     """
 
     def __init__(self, datasets: list[QuestionDataset], max_length: int, questions_per_image: int = 5, **options):

@@ -23,11 +23,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
+
+from med3dvlm.data.files import write_bytes
 
 PLANES = ("axial", "coronal", "sagittal")
 PHASES = ("unenhanced", "arterial", "venous", "delayed")
@@ -221,13 +224,20 @@ def _row(case: Case, question_type: int, question: str, choices: list[str], answ
 
 
 def write_case(number: int, seed: int, root: Path) -> None:
-    """Slices and ``text.txt`` of one case below ``root`` (the folder that holds M3D_Cap)."""
+    """Slices and ``text.txt`` of one case below ``root`` (the folder that holds M3D_Cap): the whole case or nothing."""
     case = draw_case(number, seed)
     folder = root / "M3D_Cap" / "ct_case" / case.id
-    (folder / case.series).mkdir(parents=True, exist_ok=True)
-    for n, pixels in enumerate(render(case, seed)):
-        Image.fromarray(pixels).save(folder / case.series / f"{n}.png", compress_level=1)
-    (folder / "text.txt").write_text(raw_text(case), encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside ct_case, whose every folder is a case to the preparation.
+    with TemporaryDirectory(prefix=f".{case.id}.", suffix=".partial", dir=root / "M3D_Cap") as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        (new / case.series).mkdir(parents=True)
+        for n, pixels in enumerate(render(case, seed)):
+            Image.fromarray(pixels).save(new / case.series / f"{n}.png", compress_level=1)
+        (new / "text.txt").write_text(raw_text(case), encoding="utf-8")
+        if folder.exists():
+            os.replace(folder, old)  # a folder replaces an empty one only
+        os.replace(new, folder)
 
 
 def split_numbers(cases: int) -> dict[str, range]:
@@ -252,21 +262,14 @@ def caption_manifest(splits: dict[str, range], seed: int) -> str:
 
 def write_tables(splits: dict[str, range], seed: int, root: Path) -> None:
     """``M3D_Cap.json`` and the M3D-VQA tables."""
-    (root / "M3D-VQA").mkdir(exist_ok=True)
     for split, numbers in splits.items():
         cases = [draw_case(number, seed) for number in numbers]
         name = {"validation": "val"}.get(split, split)
         for table, rows_of in ((name, questions), (f"yn_{name}", yes_no_questions)):
             rows = [row for case in cases for row in rows_of(case)]
             # As published: choices that do not exist are left empty in the yes/no files.
-            _replace(root / "M3D-VQA" / f"M3D_VQA_{table}.csv", pd.DataFrame(rows).to_csv())
-    _replace(root / "M3D_Cap" / "M3D_Cap.json", caption_manifest(splits, seed))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+            write_bytes(root / "M3D-VQA" / f"M3D_VQA_{table}.csv", pd.DataFrame(rows).to_csv().encode("utf-8"))
+    write_bytes(root / "M3D_Cap" / "M3D_Cap.json", caption_manifest(splits, seed).encode("utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Prepare a raw M3D tree: slice folders become small NIfTI volumes, reports become clean texts.
 
 `<input>/<ct_case|ct_quizze>/<id>/<series>/<n>.png` and `.../<id>/text.txt` become
-`<output>/<ct_case|ct_quizze>/<id>/<series>.nii.gz` and `.../<id>/text.txt`. What is finished is not done again, and an
-interruption leaves no partial file.
+`<output>/<ct_case|ct_quizze>/<id>/<series>.nii.gz` and `.../<id>/text.txt`. What is finished, and newer than its
+source, is not done again, and an interruption leaves no partial file.
 """
 
 import argparse
@@ -104,11 +104,11 @@ def raw_root(input_dir) -> Path:
 
 
 def copy_manifest(input_dir, output_dir) -> None:
-    """Bring `M3D_Cap.json` along where there is one; one that lies in the output already (renamed, say) stays."""
+    """Bring `M3D_Cap.json` along where there is one. A copy that is newer than it (renamed since, say) stays."""
     target = Path(output_dir) / MANIFEST
-    for source in (raw_root(input_dir) / MANIFEST, Path(input_dir) / MANIFEST):
-        if source.is_file() and not target.is_file():
-            write_bytes(target, source.read_bytes())
+    found = [path for path in (raw_root(input_dir) / MANIFEST, Path(input_dir) / MANIFEST) if path.is_file()]
+    if found and not is_newer(target, found[0]):
+        write_bytes(target, found[0].read_bytes())
 
 
 def find_cases(input_dir) -> list[Path]:
@@ -148,7 +148,7 @@ def prepare_case(job: PrepareJob) -> PrepareReport:
             continue
         names[name] = series.name
         target = job.target / f"{name}.nii.gz"
-        if is_finished(target, job.size, job.dtype):
+        if is_finished(target, series, job.size, job.dtype):
             report.finished += 1
             continue
         try:
@@ -166,9 +166,17 @@ def _prepare_series(series: Path, target: Path, job: PrepareJob) -> None:
     write_prepared(target, image[0].numpy(), job.dtype)
 
 
-def is_finished(path: Path, size, dtype: str) -> bool:
-    """Whether `path` is a prepared volume of this size and kind. Only its header is read: writing is atomic."""
-    if not path.is_file():
+def is_newer(target: Path, *sources: Path) -> bool:
+    """Whether `target` is there, and none of the sources has been changed after it."""
+    return target.is_file() and max(path.stat().st_mtime_ns for path in sources) <= target.stat().st_mtime_ns
+
+
+def is_finished(path: Path, series: Path, size, dtype: str) -> bool:
+    """Whether `path` is a prepared volume of this size and kind, made after the last change of its series.
+
+    Only its header is read: writing is atomic.
+    """
+    if not is_newer(path, series, *series.iterdir()):
         return False
     try:
         with gzip.open(path) as file:

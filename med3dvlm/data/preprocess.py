@@ -58,15 +58,15 @@ def preprocess(volume: Volume | np.ndarray, preset: str = "published", size=PUBL
     volume: a `Volume`, or an array `[D, H, W]`. A prepared volume is only resized, and passes unchanged where it
     already has the right size.
     Raises:
-        VolumeError: no contrast, or values outside 0..1 in what is said to be prepared.
-        ValueError: unknown preset or size, not three axes.
+        VolumeError: not three axes, no contrast, or values outside 0..1 in what is said to be prepared.
+        ValueError: unknown preset or size.
     """
     config = PreprocessConfig(preset, size)
     if not isinstance(volume, Volume):
         volume = Volume(np.ascontiguousarray(volume, dtype=np.float32), path="array")
     array, name = volume.array, volume.path or "volume"
     if array.ndim != 3:
-        raise ValueError(f"{name}: expected [D, H, W], found shape {array.shape}")
+        raise VolumeError(f"{name}: expected [D, H, W], found shape {array.shape}")
     image = torch.from_numpy(array)  # [D, H, W]
     low, high = image.min().item(), image.max().item()
     if not volume.prepared and preset == "published":

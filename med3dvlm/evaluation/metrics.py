@@ -47,9 +47,16 @@ def _scores_at(scores: np.ndarray, k: int) -> dict[str, float]:
 
 
 def parse_choice(text: str) -> str | None:
-    """The letter A to D that an answer starts with (``"C. liver"``, ``"(C) liver"``, ``"C"``), otherwise None."""
+    """The letter A to D that an answer starts with (``"C. liver"``, ``"(C) liver"``, ``"C"``), otherwise None.
+
+    None also where another lettered choice follows (``"A. B. C. D."``, ``"A. liver B. lung"``): that chooses nothing.
+    A letter that ends the text belongs to the answer (``"A. hepatitis B."``).
+    """
     match = re.match(r"\s*\(?([A-D])(?:[.):]|\s*$)", text)
-    return match.group(1) if match else None
+    if match is None:
+        return None
+    other = rf"\(?(?!{match[1]})[A-D][.):]"
+    return None if re.search(rf"^\s*{other}|\s{other}\s+\S", text[match.end() :]) else match[1]
 
 
 def published_choice_match(text: str, letter: str) -> bool:

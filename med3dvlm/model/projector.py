@@ -22,23 +22,25 @@ def build_projector(config) -> nn.Module:
     Args:
         config: any object with `mm_projector_type`, `hidden_size` (H) and, where the kind uses them,
             `mm_hidden_size` (C of the last hidden state; linear, mlp, mhsa), `mm_mlp_depth` (linear layers per MLP),
-            `num_heads` (mhsa, 8 where absent), `low_input_size` and `high_input_size` (channels for low_high_mlp,
-            [tokens, channels] for mixer), `low_output_size` and `high_output_size` (mixer: tokens after each layer).
+            `num_heads` (mhsa, 8 where absent), `low_input_size` and `high_input_size` ([tokens, channels]; for
+            low_high_mlp also the channels alone), `low_output_size` and `high_output_size` (mixer: tokens after each
+            layer).
     Returns:
         A module whose `forward` takes [low, high] where `takes_two_streams(config)`, else the last hidden state, and
         returns [B, projector_tokens(...), H].
     Raises:
         ValueError: unknown kind, or sizes that contradict each other.
     """
-    kind, width, hidden_size = config.mm_projector_type, config.mm_hidden_size, config.hidden_size
+    kind, hidden_size = config.mm_projector_type, config.hidden_size
     if kind == "linear":
-        return LinearProjector(width, hidden_size)
+        return LinearProjector(config.mm_hidden_size, hidden_size)
     if kind == "mlp":
-        return MLPProjector(width, hidden_size, config.mm_mlp_depth)
+        return MLPProjector(config.mm_hidden_size, hidden_size, config.mm_mlp_depth)
     if kind == "mhsa":
-        return AttentionProjector(width, hidden_size, getattr(config, "num_heads", 8))
+        return AttentionProjector(config.mm_hidden_size, hidden_size, getattr(config, "num_heads", 8))
     if kind == "low_high_mlp":
-        return LowHighMLPProjector(config.low_input_size, config.high_input_size, hidden_size, config.mm_mlp_depth)
+        low, high = _channels(config.low_input_size), _channels(config.high_input_size)
+        return LowHighMLPProjector(low, high, hidden_size, config.mm_mlp_depth)
     if kind == "mixer":
         low = (config.low_input_size, config.low_output_size)
         high = (config.high_input_size, config.high_output_size)
@@ -71,11 +73,17 @@ def check_projector_sizes(config, encoder: nn.Module) -> None:
     else:
         expected = {"mm_hidden_size": high[1]}
     for key, size in expected.items():
-        if getattr(config, key) != size:
+        found = getattr(config, key)
+        if (_channels(found) if isinstance(size, int) else found) != size:
             raise ValueError(
                 f"{key}: expected {size} for a {config.mm_projector_type} projector on {config.vision_tower} with "
-                f"input_size {config.input_size} (height, width, depth), found {getattr(config, key)}"
+                f"input_size {config.input_size} (height, width, depth), found {found}"
             )
+
+
+def _channels(size: int | list[int]) -> int:
+    """Channels of a stream, given as their number or as [tokens, channels]."""
+    return size if isinstance(size, int) else size[-1]
 
 
 def _check_stream(name: str, x: Tensor, channels: int, tokens: int | None = None) -> None:
@@ -119,9 +127,6 @@ class LowHighMLPProjector(nn.Module):
 
     def __init__(self, low_channels: int, high_channels: int, hidden_size: int, depth: int):
         super().__init__()
-        for name, size in (("low_input_size", low_channels), ("high_input_size", high_channels)):
-            if not isinstance(size, int):
-                raise ValueError(f"low_high_mlp projector: {name} must be a number of channels, found {size}")
         self.low_up_mlp = nn.Linear(low_channels, hidden_size)
         self.high_up_mlp = nn.Linear(high_channels, hidden_size)
         layers = []

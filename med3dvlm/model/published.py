@@ -18,6 +18,7 @@ from transformers import DistilBertConfig, GenerationConfig, PreTrainedConfig
 from med3dvlm.configuration import PUBLISHED_TEXT_CONFIG, CLIPConfig
 from med3dvlm.model.weights import (
     CheckpointError,
+    checkpoint_errors,
     full_state_dict,
     load_strict,
     parameters_on_meta,
@@ -47,6 +48,15 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[st
     return {key: tensor.to(asked) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
+def device_of(device_map: torch.device | str | int | None) -> torch.device:
+    """One device for a whole model; "auto" is the first GPU where there is one. Raises TypeError for a dict."""
+    if isinstance(device_map, dict):
+        raise TypeError('device_map: a model goes to one device as a whole, expected "auto" or a device, found a dict')
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cpu" if device_map is None else device_map)
+
+
 class PublishedLayout:
     """Mixin for a `PreTrainedModel`: strict loading and bit-exact saving of a folder in the published layout."""
 
@@ -65,6 +75,7 @@ class PublishedLayout:
         config: PreTrainedConfig | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | int | None = None,
         **kwargs: Any,
     ):
         """Load a folder, or the snapshot of a hub repository, in eval mode.
@@ -72,17 +83,23 @@ class PublishedLayout:
         Args:
             dtype: of all floating-point tensors; None or "auto" keeps the one of each stored tensor, whatever the
                 config says. `torch_dtype` is its older name.
+            device_map: a device, or "auto" (see `device_of`); the CPU where None.
             kwargs: revision, cache_dir, token, local_files_only for the hub; the rest changes keys of the config.
         Raises:
-            CheckpointError: another architecture, or weights that don't fit: every key is named.
+            CheckpointError: another architecture, a config that cannot be used, or weights that don't fit: every key
+                is named.
+            TypeError: unknown arguments, or a `device_map` that spreads the model over devices.
         """
+        device = device_of(device_map)
         hub = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-        for key in ("_from_auto", "adapter_kwargs", "trust_remote_code"):
-            kwargs.pop(key, None)  # what transformers' Auto classes add; code of a checkpoint is never run
+        # What transformers' Auto classes and its users add: code of a checkpoint is never run, memory always spared.
+        for key in ("_from_auto", "adapter_kwargs", "trust_remote_code", "low_cpu_mem_usage"):
+            kwargs.pop(key, None)
         folder = local_folder(pretrained_model_name_or_path, **hub)
         check_model_type(folder, cls.config_class.model_type)
         if config is None:
-            config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+            with checkpoint_errors(folder):
+                config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
         if kwargs:
             raise TypeError(f"{cls.__name__}.from_pretrained: unknown arguments {', '.join(sorted(kwargs))}")
         tensors = read_weights(folder)
@@ -91,13 +108,13 @@ class PublishedLayout:
         tensors = cast(tensors, torch_dtype if dtype is None else dtype)
         config.dtype = main_dtype(tensors.values())
         config.name_or_path = str(pretrained_model_name_or_path)
-        with parameters_on_meta():
+        with checkpoint_errors(folder), parameters_on_meta():
             model = cls(config)
         load_strict(model, tensors, str(folder), optional=_tied_keys(config, tensors, folder), assign=True)
         model.tie_weights()
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model.eval()
+        return model.eval().to(device)
 
     def save_pretrained(
         self,
@@ -106,12 +123,21 @@ class PublishedLayout:
         state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True,
         max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
     ) -> None:
         """Write config and weights (safetensors) so that an interrupted write leaves no loadable folder.
 
         Args:
             state_dict: gathered weights to write instead of the model's own.
+            safe_serialization, push_to_hub: for callers that name them; no other value is possible.
+        Raises:
+            ValueError: another form than safetensors, or a hub to push to.
         """
+        if not safe_serialization:
+            raise ValueError("save_pretrained writes safetensors only: leave safe_serialization out")
+        if push_to_hub:
+            raise ValueError("save_pretrained writes a folder only: upload it afterwards, with `hf upload`")
         state = full_state_dict(self) if state_dict is None else dict(state_dict)
         if not is_main_process:
             return
@@ -141,15 +167,19 @@ def local_folder(name_or_path: str | Path, **hub: Any) -> Path:
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises without network, repository or valid name
-        raise CheckpointError(f"{name_or_path}: no such folder, and not to be had from the hub ({error})") from error
+    except Exception as error:  # the errors of huggingface_hub and of its HTTP client have no other base in common
+        raise CheckpointError(
+            f"{name_or_path}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}); check "
+            "the name and the connection, run `hf auth login` where access is restricted, or name a local folder"
+        ) from error
 
 
 def check_model_type(folder: Path, expected: str) -> None:
     """Raise CheckpointError unless the folder's config.json is of the expected model type (or names none)."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a complete checkpoint of type {expected}")
-    found = json.loads((folder / "config.json").read_text()).get("model_type")
+    with checkpoint_errors(folder / "config.json"):
+        found = dict(json.loads((folder / "config.json").read_text())).get("model_type")
     if found not in (None, expected):
         raise CheckpointError(f"{folder}: expected a checkpoint of type {expected}, found {found}")
 

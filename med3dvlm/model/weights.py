@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +32,18 @@ SAFETENSORS_DTYPES = {
 
 class CheckpointError(ValueError):
     """A checkpoint that isn't what was asked for, or can't be read."""
+
+
+@contextmanager
+def checkpoint_errors(source: str | Path) -> Iterator[None]:
+    """Whatever the contents of `source` (a file, a folder, a hub name) raise, as a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())  # one line
+        raise CheckpointError(f"{source}: cannot be used ({type(error).__name__}: {reason})") from error
 
 
 @contextmanager
@@ -98,14 +111,16 @@ def read_weights(folder: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     """All tensors of a folder in the published layout; on device "meta" without their data.
 
     Raises:
-        CheckpointError: no weights, a shard that is missing or lacks tensors of the index, or see `read_tensors`.
+        CheckpointError: no weights, a broken index, a shard that is missing or lacks tensors of the index, or see
+            `read_tensors`.
     """
     found = [Path(folder) / name for name in WEIGHT_FILES if (Path(folder) / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
     if found[0].suffix != ".json":
         return read_tensors(found[0], device)
-    index = json.loads(found[0].read_text())["weight_map"]
+    with checkpoint_errors(found[0]):
+        index = dict(json.loads(found[0].read_text())["weight_map"])
     tensors = {}
     for shard in sorted(set(index.values())):
         tensors |= read_tensors(Path(folder) / shard, device)

@@ -2,8 +2,8 @@
 
     python scripts/lib/stage.py RUN_DIR SEED NAME [COMMAND ARGUMENT...]
 
-Without a command: exit code 0 if the stage is done, 1 if not. A stage recorded with the same command is not run again. Seconds are wall time; peak memory is that of the
-process and its children together, looked at five times a second.
+Without a command: exit code 0 if the stage is done, 1 if not. A stage recorded with the same command is not run again.
+Seconds are wall time; peak memory is that of the process and its children together, looked at five times a second.
 """
 
 import json

@@ -80,6 +80,19 @@ def test_an_interrupted_run_is_completed_by_another_one(files, tmp_path):
     assert write(tmp_path) == files
 
 
+def test_a_killed_run_leaves_no_half_case(tmp_path, monkeypatch):
+    def killed(case):
+        raise KeyboardInterrupt
+
+    phantom.write_case(0, 0, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+    monkeypatch.setattr(phantom, "raw_text", killed)  # all slices are written by then
+    for number in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            phantom.write_case(number, 0, tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()} == before
+
+
 def test_another_data_set_is_not_mixed_with_or_written_over(files, tmp_path):
     write(tmp_path)
     for other in ({"seed": 1}, {"cases": 9}):

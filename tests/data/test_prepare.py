@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from med3dvlm.data import prepare
-from med3dvlm.data.manifest import clean_report_text
+from med3dvlm.data.manifest import clean_report_text, rename_manifest
 from med3dvlm.data.volume import load_volume
 from tests.helpers.tiny_data import GOLDEN_DATA, unpack_tree, write_slices
 
@@ -100,6 +100,31 @@ def test_finished_volumes_are_kept_and_others_redone(raw, tmp_path, capsys):
     assert run(raw, out, (8, 8, 8), "--dtype", "uint8") == 0  # another form is not taken for finished
     assert "3 volumes written" in capsys.readouterr().out
     assert load_volume(damaged).array.shape == (8, 8, 8)
+
+
+@pytest.mark.parametrize("changed", ["Axial_C", "Axial_C/2.png"])
+def test_a_series_changed_since_is_prepared_again(raw, tmp_path, capsys, changed):
+    run(raw, tmp_path / "out")
+    target = tmp_path / "out/ct_case/000001/Axial_C.nii.gz"
+    later = target.stat().st_mtime + 60
+    os.utime(raw / "ct_case/000001" / changed, (later, later))
+    assert run(raw, tmp_path / "out") == 0
+    assert "1 volumes written, 2 were finished before" in capsys.readouterr().out
+
+
+def test_manifest_follows_the_raw_one_but_a_renamed_copy_stays(raw, tmp_path):
+    manifest, copy = raw / "M3D_Cap.json", tmp_path / "out/M3D_Cap.json"
+    manifest.write_text('{"train": [{"image": "a.npy", "text": "a.txt"}]}')
+    run(raw, tmp_path / "out")
+    assert copy.read_bytes() == manifest.read_bytes()
+    rename_manifest(copy)
+    run(raw, tmp_path / "out")
+    assert "a.nii.gz" in copy.read_text()
+    manifest.write_text('{"train": [{"image": "b.npy", "text": "b.txt"}]}')
+    later = copy.stat().st_mtime + 60
+    os.utime(manifest, (later, later))
+    run(raw, tmp_path / "out")
+    assert copy.read_bytes() == manifest.read_bytes()
 
 
 def test_an_interrupted_write_leaves_nothing_to_accept(raw, tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_prepared_volume_passes_unchanged_or_is_only_resized():
 
 @pytest.mark.parametrize("volume, reason", [
     (Volume(np.full((2, 3, 4), 7, np.float32), path="flat.nii"), "flat.nii: all values are 7"),
+    (np.ones((2, 3), np.float32), r"array: expected \[D, H, W\], found shape \(2, 3\)"),
     (Volume(np.array([[[0, 2]]], np.float32), path="x.nii", prepared=True), "x.nii: prepared values lie within 0..1"),
 ])  # fmt: skip
 def test_unusable_values_are_named(volume, reason):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.volume import Volume, VolumeError, write_prepared
+from med3dvlm.model.weights import CheckpointError
 from med3dvlm.processing import SequenceTooLongError, VLMProcessor, load_tokenizer
-from tests.helpers.tiny_data import vlm_tokenizer
+from tests.helpers.tiny_data import clip_tokenizer, vlm_tokenizer
 
 SIZE = (4, 6, 8)
 
@@ -71,8 +72,17 @@ def test_turns_share_the_image(processor):
     lengths = [len(part["input_ids"]) for part in parts]
     shorter = processor.encode_turns(turns, sum(lengths) - 1)
     assert torch.equal(shorter["input_ids"], whole["input_ids"][: sum(lengths[:2])])
-    with pytest.raises(SequenceTooLongError):
-        processor.encode_turns(turns, lengths[0] - 1)
+
+
+def test_a_first_turn_that_does_not_fit_is_cut_off_as_a_single_one(processor):
+    turns = [(processor.prompt("What?"), "A cyst in the left kidney"), (processor.turn("Where?"), "Left")]
+    asked = len(processor.encode(turns[0][0])["input_ids"])
+    for length in (asked + 1, asked + 3):
+        cut, single = processor.encode_turns(turns, length), processor.encode(*turns[0], length)
+        assert torch.equal(cut["input_ids"], single["input_ids"]) and torch.equal(cut["labels"], single["labels"])
+        assert len(cut["turn_ids"]) == len(cut["position_ids"]) == length and cut["turn_ids"].max() == 1
+    with pytest.raises(SequenceTooLongError, match=f"the question has {asked} tokens .*sequence of {asked}"):
+        processor.encode_turns(turns, asked)
 
 
 def test_batch_for_generation_is_padded_on_the_left(processor, tmp_path):
@@ -118,7 +128,15 @@ def test_published_folder_needs_no_processor_file(tmp_path):
     assert processor.num_image_tokens == 256
     assert processor.preprocess == PreprocessConfig("published", (128, 256, 192))
     (tmp_path / "config.json").write_text('{"model_type": "vlm_qwen"}')
-    with pytest.raises(ValueError, match="proj_out_num"):
+    with pytest.raises(CheckpointError, match="proj_out_num"):
+        VLMProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"image_token": "<im_patch>"}', '{"preprocess": {"preset": "none"}}'])
+def test_broken_processor_file_is_named(processor, tmp_path, text):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be used"):
         VLMProcessor.from_pretrained(tmp_path)
 
 
@@ -128,3 +146,36 @@ def test_word_tokenizer_beside_a_qwen_model_keeps_its_ids(model_type, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 5}))
     assert load_tokenizer(tmp_path)("what is it")["input_ids"] == tokenizer("what is it")["input_ids"] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("model_type", ["dec_clip", "distilbert", "qwen2"])
+def test_a_lone_tokenizer_json_is_the_tokenizer(model_type, tmp_path):
+    clip_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert load_tokenizer(tmp_path)("a cyst")["input_ids"] == clip_tokenizer()("a cyst")["input_ids"]
+
+
+def test_a_vocabulary_of_transformers_own_type_is_left_to_it(tmp_path):
+    """Older hub folders name neither class nor special tokens: both follow from the model type."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cyst"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "config.json").write_text('{"model_type": "distilbert"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("cyst")["input_ids"] == [2, 5, 3] and tokenizer.pad_token_id == 0
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    """A dual encoder takes the one of its language model; nothing is made up."""
+    clip_tokenizer().save_pretrained(tmp_path / "text")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "dec_clip", "language_model_name_or_path": str(tmp_path / "text")}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder)("a cyst")["input_ids"] == clip_tokenizer()("a cyst")["input_ids"]
+    for values in ({**config, "language_model_name_or_path": str(tmp_path / "absent")}, {"model_type": "vlm_qwen"}):
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=f"{folder}: holds no tokenizer"):
+            load_tokenizer(folder)

@@ -49,6 +49,11 @@ def test_retrieval_refuses_what_is_no_similarity_matrix(scores):
         ("E. none", None),
         ("", None),
         ("CT. of the liver", None),
+        ("A. B. C. D.", None),
+        ("A. B.", None),
+        ("(A) liver (B) lung", None),
+        ("C. liver C. liver", "C"),
+        ("A. hepatitis B.", "A"),
     ],
 )
 def test_parse_choice(text, letter):

@@ -12,7 +12,7 @@ from med3dvlm import CLIPConfig, CLIPModel, VLMConfig, VLMForCausalLM
 from med3dvlm.model import checkpoint
 from med3dvlm.model.dcformer import DCFormer
 from med3dvlm.model.vlm import lora_target_modules
-from med3dvlm.model.weights import CheckpointError, parameters_on_meta, write_tensors, written_atomically
+from med3dvlm.model.weights import CheckpointError, parameters_on_meta, read_weights, write_tensors, written_atomically
 from tests.helpers.golden import GOLDEN_DIR, rule_tensor
 from tests.helpers.tiny_model import TINY_ENCODER, TINY_TEXT, tiny_vlm_config, write_tiny_clip, write_tiny_vlm
 
@@ -241,7 +241,8 @@ def test_bad_folders_are_named(tmp_path):
     write_tiny_clip(tmp_path / "clip")
     with pytest.raises(CheckpointError, match="expected a checkpoint of type vlm_qwen, found dec_clip"):
         VLMForCausalLM.from_pretrained(tmp_path / "clip")
-    with pytest.raises(CheckpointError, match="models/absent: no such folder, and not to be had from the hub"):
+    advice = "models/absent: no such folder, and not to be had from the hub .*; check the name .* name a local folder"
+    with pytest.raises(CheckpointError, match=advice):
         CLIPModel.from_pretrained("models/absent", local_files_only=True)
     with pytest.raises(TypeError, match="unknown arguments colour"):
         CLIPModel.from_pretrained(tmp_path / "clip", colour="red")
@@ -254,6 +255,38 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no config.json"):
         CLIPModel.from_pretrained(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", {"loss_type": "?"}, {"input_size": 5}, {"vision_variant": "?"}])
+def test_a_config_that_cannot_be_used_is_named(tmp_path, content):
+    write_tiny_clip(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps(config_json(tmp_path) | content)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}.*: cannot be used"):
+        CLIPModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_broken_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="model.safetensors.index.json: cannot be used"):
+        read_weights(tmp_path)
+
+
+def test_arguments_that_transformers_users_know(tmp_path):
+    model = CLIPModel.from_pretrained(write_tiny_clip(tmp_path / "a"), low_cpu_mem_usage=True, device_map="cpu")
+    model.save_pretrained(tmp_path / "b", safe_serialization=True, push_to_hub=False)
+    again = CLIPModel.from_pretrained(tmp_path / "b", device_map="auto").cpu()
+    assert_same_bits(again.state_dict(), model.state_dict())
+    assert CLIPModel.from_pretrained(tmp_path / "a", device_map=torch.device("meta")).device.type == "meta"
+    with pytest.raises(TypeError, match="one device as a whole"):
+        CLIPModel.from_pretrained(tmp_path / "a", device_map={"": "cpu"})
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "c", safe_serialization=False)
+    with pytest.raises(ValueError, match="a folder only"):
+        model.save_pretrained(tmp_path / "c", push_to_hub=True)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_lost_shard_is_named(tmp_path):

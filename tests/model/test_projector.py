@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from med3dvlm.model.dcformer import DCFormer
-from med3dvlm.model.projector import PROJECTORS, build_projector, projector_tokens, takes_two_streams
+from med3dvlm.model.projector import (
+    PROJECTORS,
+    build_projector,
+    check_projector_sizes,
+    projector_tokens,
+    takes_two_streams,
+)
 from tests.helpers.golden import (
     assert_gradient_norms,
     fill_by_rule,
@@ -120,6 +126,18 @@ def test_hidden_states_that_do_not_fit_are_named(kind, streams, message):
         projector(streams if len(streams) == 2 else streams[0])
 
 
+def test_low_high_mlp_takes_the_channels_of_tokens_and_channels():
+    config = small_config("low_high_mlp", low_input_size=[4, 128], high_input_size=[1, 256])
+    del config.mm_hidden_size  # a size of the other kinds
+    projector = build_projector(config)
+    assert projector([torch.rand(2, 4, 128), torch.rand(2, 1, 256)]).shape == (2, 5, 16)
+    encoder = DCFormer.from_variant("nano", input_size=(64, 64, 32))
+    check_projector_sizes(config, encoder)
+    config.low_input_size, config.vision_tower, config.input_size = [4, 96], "dcformer", [64, 64, 32]
+    with pytest.raises(ValueError, match=r"low_input_size: expected 128 .* found \[4, 96\]"):
+        check_projector_sizes(config, encoder)
+
+
 def test_contradicting_sizes_are_named():
     with pytest.raises(ValueError, match="unknown mm_projector_type 'conv'; known: linear, mlp"):
         build_projector(small_config("conv"))
@@ -127,7 +145,5 @@ def test_contradicting_sizes_are_named():
         build_projector(small_config("mixer", high_output_size=[3]))
     with pytest.raises(ValueError, match="low_input_size must be .tokens, channels., found 128"):
         build_projector(small_config("mixer", low_input_size=128))
-    with pytest.raises(ValueError, match="low_input_size must be a number of channels, found .4, 128."):
-        build_projector(small_config("low_high_mlp", low_input_size=[4, 128]))
     with pytest.raises(ValueError, match="7 heads do not divide mm_hidden_size 256"):
         build_projector(small_config("mhsa", num_heads=7))
