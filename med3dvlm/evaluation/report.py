@@ -161,12 +161,15 @@ def page(run: Run, summary: dict, cases: int) -> str:
         "For research only, not a medical device.</p>",
         "<h2>Results</h2>",
         table(result_rows(summary)),
-        "<p class=note>Control: images exchanged between cases whose answers differ; for retrieval, guessing.</p>",
+        "<p class=note>Control: images exchanged between cases whose answers differ, so that a model which looks at "
+        "them must be wrong (guessing from the choices alone is right in a quarter to a third); for retrieval, guessing. "
+        "The held-out scans are new, the words of their reports are not: most occur in training too.</p>",
         "<h2>Answers to closed questions</h2>",
         picture(accuracy_figure(summary["vqa"]), "accuracy per question type"),
         "<h2>Similarity of images and reports</h2>",
         picture(similarity_figure(run, summary["retrieval"]["pool"]), "similarity matrix"),
         "<h2>Held-out scans</h2>",
+        "<p class=note>A generated report is green when it names the right organ.</p>",
         *case_sections(run, cases),
         "<h2>Training</h2>",
         picture(loss_figure(run.losses()), "training losses"),

@@ -113,6 +113,21 @@ def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.movedim(-1, 1)).movedim(1, -1)
 
 
+class BatchNorm(nn.BatchNorm3d):
+    """Batch norm whose weights may be of lower precision than its statistics, as under DeepSpeed in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, D, H, W] -> [B, C, D, H, W]."""
+        if self.weight.dtype == self.running_mean.dtype:
+            return super().forward(x)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+
 class DecomposedConv3d(nn.Module):
     """Sum of three one-dimensional convolutions with batch norm, along H (`c1`), W (`c2`) and D (`c3`)."""
 
@@ -123,7 +138,7 @@ class DecomposedConv3d(nn.Module):
             padding = tuple(n // 2 for n in size)
             conv_class = SingleChannelConv if in_channels == 1 else conv_class
             conv = conv_class(in_channels, out_channels, size, stride, padding, groups=groups)
-            return nn.Sequential(conv, nn.BatchNorm3d(out_channels))
+            return nn.Sequential(conv, BatchNorm(out_channels))
 
         self.c1 = branch(ConvWithinSlices, (kernel, 1, 1))
         self.c2 = branch(ConvWithinSlices, (1, kernel, 1))

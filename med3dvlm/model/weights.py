@@ -197,7 +197,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not sharded:
         return module.state_dict()
-    from deepspeed.zero import GatheredParameters  # here: only trained with where it is installed
+    from deepspeed.runtime.zero import GatheredParameters  # here: only trained with where it is installed
 
     with GatheredParameters(sharded):
         return {key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()}
