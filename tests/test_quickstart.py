@@ -76,7 +76,7 @@ def checkout(tmp_path):
         with open(tmp_path / "requirements-cpu.txt") as file:
             sum_ = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True).stdout.strip()
         (tmp_path / ".venv/.installed-requirements-cpu.txt").write_text(f"{sum_} {version}\n")
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHON"}
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH")}
         command = ["sh", str(tmp_path / "scripts/quickstart.sh"), *arguments]
         return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
 

@@ -34,7 +34,7 @@ def test_closed_accuracy_is_strict_and_the_published_rule_stands_beside_it():
     assert columns["correct"] == [1, 0, 0, 0] and columns["correct_published"] == [1, 1, 0, 1]
     assert scores["closed_accuracy"] == 0.25 and scores["by_type"] == {"plane": 0.5, "organ": 0.0}
     assert scores["published_rule"] == {"closed_accuracy": 0.75, "by_type": {"plane": 1.0, "organ": 0.5}}
-    assert scores["without_choice"] == 0.25
+    assert scores["without_choice"] == 0.5
 
 
 def test_open_scores_are_given_per_type():

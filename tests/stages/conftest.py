@@ -12,9 +12,9 @@ def stages(tmp_path_factory):
     return write_stages(tmp_path_factory.mktemp("stages"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Sums in the same order whatever the machine, so that two runs can be compared to the bit."""
+    """Sums in the same order whatever the machine, so that two runs can be compared to the bit; module fixtures too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

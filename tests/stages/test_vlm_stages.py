@@ -116,7 +116,10 @@ def test_lora_stage_saves_everything_that_trained(lora, projector, start, base):
     assert {key for key in tensors if "lora_" not in key} == expected
     language = {key for key in expected if key.startswith(("model.layers.", "model.norm."))}
     unchanged = {key for key in expected if torch.equal(tensors[key], before[key])}
-    assert unchanged == language, "encoder, projector, embeddings and head train, the language blocks don't"
+    assert language <= unchanged, "the language blocks don't train"
+    # A convolution's bias before batch norm has no gradient but rounding noise, which can be exactly 0.
+    stuck = {key for key in unchanged - language if ".0.bias" not in key or "vision_tower" not in key}
+    assert not stuck, "encoder, projector, embeddings and head train"
     adapters = [key for key in tensors if ".lora_B." in key]
     assert len(adapters) == 2 * 7 and all(tensors[key].abs().max() > 0 for key in adapters)
 
