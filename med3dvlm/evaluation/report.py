@@ -162,8 +162,9 @@ def page(run: Run, summary: dict, cases: int) -> str:
         "<h2>Results</h2>",
         table(result_rows(summary)),
         "<p class=note>Control: images exchanged between cases whose answers differ, so that a model which looks at "
-        "them must be wrong (guessing from the choices alone is right in a quarter to a third); for retrieval, guessing. "
-        "The held-out scans are new, the words of their reports are not: most occur in training too.</p>",
+        "them must be wrong (guessing from the choices alone is right in a quarter to a third of the questions); for "
+        "retrieval, guessing. The held-out scans are new, the words of their reports are not: most occur in training "
+        "too.</p>",
         "<h2>Answers to closed questions</h2>",
         picture(accuracy_figure(summary["vqa"]), "accuracy per question type"),
         "<h2>Similarity of images and reports</h2>",
