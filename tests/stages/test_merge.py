@@ -87,6 +87,8 @@ def test_a_merged_model_can_be_trained_further(stages, merged, tmp_path):
     merge.main(["--model_with_lora", str(tmp_path / "lora"), "--output_dir", str(tmp_path / "model"),
                 "--model_name_or_path", str(merged)])  # fmt: skip
     load_model(tmp_path / "model", device="cpu")
+    further, before = read_weights(tmp_path / "model"), read_weights(merged)
+    assert further.keys() == before.keys() and different(further, before)
 
 
 def test_safetensors_of_the_lora_stage_are_read(lora, merged, tmp_path):
@@ -129,8 +131,9 @@ def test_the_same_base_in_half_precision_is_the_same_base(stages, tmp_path):
     base = shutil.copytree(stages.models / "language_model", tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
     stages.vlm(tmp_path / "lora", *LORA, "--model_name_or_path", base)
-    merge.main(["--model_with_lora", str(tmp_path / "lora"), "--output_dir", str(tmp_path / "model"),
-                "--model_name_or_path", str(base)])  # fmt: skip
+    output = merge.main(["--model_with_lora", str(tmp_path / "lora"), "--output_dir", str(tmp_path / "model"),
+                         "--model_name_or_path", str(base)])  # fmt: skip
+    assert (output / "config.json").is_file()
 
 
 @pytest.mark.parametrize("missing", ["base_model.json", "config.json", "adapter_config.json", "model_with_lora.bin"])

@@ -148,3 +148,5 @@ def test_it_never_looks_at_an_image(flags, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "load_volume", looked)
     monkeypatch.setattr(stand_in, "REQUIRED_LETTER_ACCURACY", 0.0)
     stand_in.main([*flags, "--output_dir", str(tmp_path), "--max_steps", "1"])
+    assert (tmp_path / "language_model" / "config.json").is_file()
+    assert not hasattr(stand_in, "load_volume"), "a name of its own would escape the patches above"
