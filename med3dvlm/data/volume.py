@@ -1,34 +1,38 @@
-"""Read any volume file into one canonical array. The only reader of the project.
+"""Read any volume into one canonical array. The only reader of the project.
 
 Axis order is always `[D, H, W]`. Canonically D runs from superior to inferior, H from anterior to posterior and W from
 the patient's right to left, whatever order the file uses. What carries no anatomy (prepared files, slice folders,
 NumPy arrays) keeps the order of the file.
 
-NIfTI is read with nibabel on purpose: SimpleITK 2.5 returns the voxels of `x.nii` for `x.nii.gz` when both exist.
+`python -m med3dvlm.data.volume PATH` prints what is understood of a file.
 """
 
-import gzip
+import argparse
 import re
-from collections import Counter
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
-from PIL import Image
+from isal import igzip
 
+from med3dvlm.data import readers
 from med3dvlm.data.files import write_bytes
+from med3dvlm.data.geometry import OBLIQUE_DEGREES, canonical_turn, voxel_spacing
+from med3dvlm.data.readers.base import MAX_VOXELS, NAN_RULES, PUBLISHED_SIZE, Reading, SeriesInfo, VolumeError
+from med3dvlm.data.readers.nifti import PREPARED_MARK, prepared_header
+from med3dvlm.data.readers.slices import SLICE_SUFFIXES, read_slice, slice_files
 
-PREPARED_MARK = b"med3dvlm prepared"
-SLICE_SUFFIXES = (".png", ".jpeg", ".jpg")
-CANONICAL_AXES = ("I", "P", "L")  # where D, H and W point to
+__all__ = [
+    "PREPARED_MARK", "SLICE_SUFFIXES", "SeriesInfo", "Volume", "VolumeError", "add_reading_arguments", "list_series",
+    "load_volume", "prepared_header", "read_slice", "reading_options", "slice_files", "write_prepared",
+]  # fmt: skip
+
 ORIENTATIONS = ("canonical", "stored")
-
-
-class VolumeError(ValueError):
-    """A volume that cannot be used; the message names the file and what to do."""
+# Stored type -> largest code and its numpy type. NIfTI has no float16; 65536 even steps are closer than its rounding.
+CODES = {"uint8": (255, np.uint8), "float16": (65535, np.uint16)}
+PREPARED_ERROR = {"float32": 0.0, "float16": 0.5 / 65535, "uint8": 0.5 / 255}  # besides float32 rounding, 1e-7
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Volume:
     orientation: "canonical" (reoriented by the affine) or "stored" (order of the file).
     prepared: the values are already the output of the preparation, within 0..1.
     warnings: sentences a user should see, for example slices that were left out.
+    modality: "CT", "MR", "PT", or "" where the file does not say. units: "HU", or "".
+    axes: where the file's own axes (i, j, k) point, for example "LPS"; "" where it carries no anatomy.
+    preparation: name of the preprocessing recorded in a prepared file of ours, else "".
     """
 
     array: np.ndarray
@@ -49,162 +56,242 @@ class Volume:
     orientation: str = "stored"
     prepared: bool = False
     warnings: tuple[str, ...] = ()
+    modality: str = ""
+    units: str = ""
+    axes: str = ""
+    preparation: str = ""
 
 
-def load_volume(path, orientation: str = "canonical") -> Volume:
-    """Read a NIfTI file (`.nii`, `.nii.gz`), a NumPy file (`.npy`) or a folder of PNG / JPEG slices.
+def load_volume(
+    path,
+    orientation: str = "canonical",
+    *,
+    series: str | int | None = None,
+    frame: int | None = None,
+    resample: bool = False,
+    nan: str = "error",
+    flip: str = "",
+    max_voxels: int = MAX_VOXELS,
+    prepared_size: tuple[int, int, int] = PUBLISHED_SIZE,
+) -> Volume:
+    """Read NIfTI, DICOM, NRRD, MetaImage, NumPy, a folder of PNG / JPEG slices, or a zip of one of these.
 
     Args:
-        path: file or folder.
-        orientation: "canonical" turns the axes as the module says; "stored" keeps the order of the file, which for
-            NIfTI is `[k, j, i]`. Prepared files, slice folders and NumPy arrays are always read as stored.
+        path: file or folder. A folder may hold a DICOM series, slices, or one volume file.
+        orientation: "canonical" turns the axes as the module says, oblique volumes to the nearest ones; "stored" keeps
+            the order of the file, `[k, j, i]`. Prepared files, slices and NumPy arrays are always read as stored.
+        series: DICOM series by UID or by the number of `list_series`; the largest one by default.
+        frame: which volume of a four-dimensional file, from 0.
+        resample: interpolate uneven slice distances and straighten a tilted gantry, instead of an error.
+        nan: "error", or "fill": values that are not finite become the smallest finite one.
+        flip: letters out of "DHW"; these axes of the result are reversed.
+        max_voxels: larger volumes are refused before memory is taken for them.
+        prepared_size: (D, H, W) at which NIfTI without our mark is taken for a prepared volume, with a warning, if its
+            affine is the unit and its values lie within 0..1: the published preparation leaves no other trace.
     Raises:
-        VolumeError: missing, unknown, corrupt, not three-dimensional, empty, or with values that are not finite.
-        ValueError: unknown `orientation`.
+        VolumeError: missing, unknown, corrupt, not one volume of real numbers, empty, too large, or not finite.
+        ValueError: unknown `orientation`, `nan` or `flip`.
     """
     if orientation not in ORIENTATIONS:
         raise ValueError(f"orientation must be one of {', '.join(ORIENTATIONS)}, not {orientation!r}")
+    reading = Reading(series, frame, resample, nan, flip, max_voxels, prepared_size)
     path = Path(path)
-    if not path.exists():
-        raise VolumeError(f"{path}: no such file or folder")
-    name = path.name.lower()
-    if path.is_dir():
-        return _read_slices(path)
-    if name.endswith((".nii", ".nii.gz")):
-        return _read_nifti(path, orientation)
-    if name.endswith(".npy"):
-        return _read_numpy(path)
-    raise VolumeError(f"{path}: unknown format; known are .nii, .nii.gz, .npy and folders of .png or .jpeg slices")
+    _check_path(path)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float32 is found below
+        decoded = readers.decode(path, reading)
+    warnings = decoded.warnings
+    turn = None if decoded.affine is None else canonical_turn(decoded.affine)
+    spacing = voxel_spacing(decoded.affine) if turn else decoded.spacing
+    view = decoded.array
+    if decoded.affine is None or decoded.prepared is not None:
+        orientation = "stored"
+    elif orientation == "canonical":
+        if turn is None:
+            raise VolumeError(f"{path}: its affine is singular or not finite; read it with orientation='stored'")
+        if turn.degrees > OBLIQUE_DEGREES:
+            warnings += (
+                f"oblique: its axes lie up to {turn.degrees:.1f} degrees off the body's, the nearest are used",
+            )
+        view, spacing = turn.view(view), turn.spacing  # [D, H, W]
+    view = view[tuple(slice(None, None, -1 if axis in flip else 1) for axis in "DHW")]
+    array, replaced = _finite_float32(view, path, nan)
+    return Volume(
+        array=array,
+        spacing=tuple(float(size) for size in spacing),
+        path=str(path),
+        orientation=orientation,
+        prepared=decoded.prepared is not None,
+        warnings=warnings + replaced,
+        modality=decoded.modality,
+        units=decoded.units,
+        axes=turn.axes if turn and decoded.prepared is None else "",
+        preparation=(decoded.prepared or {}).get("preparation", ""),
+    )
 
 
-def write_prepared(path, array: np.ndarray, dtype: str = "float32") -> None:
-    """Write a prepared volume as compressed NIfTI, atomically.
+def list_series(path, max_voxels: int = MAX_VOXELS) -> list[SeriesInfo]:
+    """The DICOM series of a folder, a file or a zip, without anything that identifies a person.
 
-    array: float32 `[D, H, W]` within 0..1. As uint8 the 256 steps are stored with a slope of 1/255, so that every
-    reader gets values within 0..1 again. The header equals the published one (unit spacing, LPS axes), plus our mark.
+    Their numbers are the SeriesNumbers of the headers where those tell all usable series apart, else 1, 2, ...
+    Raises:
+        VolumeError: missing, unreadable, or without DICOM.
     """
-    slope = 1.0
-    if dtype == "uint8":
-        slope, array = 1 / 255, np.rint(array * 255).astype(np.uint8)
-    elif dtype != "float32":
-        raise ValueError(f"dtype must be float32 or uint8, not {dtype!r}")
+    path = Path(path)
+    _check_path(path)
+    return readers.list_series(path, max_voxels)
+
+
+def _check_path(path: Path) -> None:
+    if not path.is_file() and not path.is_dir():  # a pipe or device would never end
+        raise VolumeError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
+
+
+def _finite_float32(view: np.ndarray, path: Path, nan: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """`view` as contiguous float32 that may be written to, and a warning where values were replaced.
+
+    Raises:
+        VolumeError: not finite (also beyond float32) and `nan` is "error", or nothing finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.ascontiguousarray(view, dtype=np.float32)
+    if not array.flags.writeable:  # a file mapped into memory
+        array = array.copy()
+    if view.dtype.kind in "bui" or (np.isfinite(array.min()) and np.isfinite(array.max())):
+        return array, ()
+    finite = np.isfinite(array)
+    bad = finite.size - int(np.count_nonzero(finite))
+    if nan == "error":
+        raise VolumeError(
+            f"{path}: {bad:,} values are not finite (NaN, infinity); nan='fill' (--nan fill) makes them background"
+        )
+    if bad == array.size:
+        raise VolumeError(f"{path}: none of its values is finite")
+    lowest = array.min(where=finite, initial=np.inf)
+    array[~finite] = lowest
+    return array, (f"{bad:,} values that are not finite were replaced by the smallest one, {lowest:g}",)
+
+
+def write_prepared(path, array: np.ndarray, dtype: str = "float32", preparation: str = "published") -> None:
+    """Write a prepared volume as compressed NIfTI, atomically; the same input gives the same bytes.
+
+    array: `[D, H, W]` within 0..1; for uint8 also the codes 0..255 themselves.
+    dtype: "float32" stores the values. "uint8" stores 256 steps and "float16" 65536 (uint16), with the slope that
+        gives every reader values within 0..1 again; `PREPARED_ERROR` is the largest difference.
+    preparation: name of the preprocessing, recorded in the header: 1 to 50 printable ASCII characters.
+
+    The header equals the published one (unit spacing, LPS axes), plus our mark.
+    Raises:
+        ValueError: unknown dtype, values outside 0..1, not three axes, or a name that can't be recorded.
+    """
+    if dtype not in PREPARED_ERROR:
+        raise ValueError(f"dtype must be one of {', '.join(PREPARED_ERROR)}, not {dtype!r}")
+    if not re.fullmatch(r"[ -~]{1,50}", preparation):
+        raise ValueError(f"the name of a preparation is 1 to 50 printable ASCII characters, not {preparation!r}")
+    if array.ndim != 3 or (array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1)):
+        raise ValueError(f"a prepared volume is [D, H, W] within 0..1; {array.shape} {array.dtype} is none")
+    slope, stored = _encoded(array, dtype)
+    header = nib.Nifti1Header()
+    header.set_data_dtype(stored.dtype)
+    header.set_data_shape(stored.shape[::-1])  # [D, H, W] in C order is [i, j, k] in the order of NIfTI
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    image = nib.Nifti1Image(array.T, affine)  # [D, H, W] -> [i, j, k]
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    image.header.set_xyzt_units("mm", "sec")
-    image.header.set_slope_inter(slope, 0)
-    image.header["descrip"] = PREPARED_MARK + b" v1: published min-max, crop, resize"
+    header.set_qform(affine, code=1)
+    header.set_sform(affine, code=1)
+    header.set_xyzt_units("mm", "sec")
+    header.set_slope_inter(slope, 0)
+    header["descrip"] = PREPARED_MARK + b" v2: " + preparation.encode()
+    header["vox_offset"] = 352
     # The fastest level: prepared volumes are read far more often than they are sent anywhere.
-    write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    data = b"".join((header.binaryblock, bytes(4), np.ascontiguousarray(stored)))
+    write_bytes(path, igzip.compress(data, 1, mtime=0))
 
 
-@contextmanager
-def _reading(path: Path):
-    """Turn whatever a decoder raises about a broken file into one error that names the file."""
+def _encoded(array: np.ndarray, dtype: str) -> tuple[float, np.ndarray]:
+    """The slope and the array to store."""
+    if array.dtype == np.uint8 and dtype != "uint8":
+        raise ValueError(f"codes 0..255 can't be stored as {dtype}")
+    if dtype == "float32":
+        return 1.0, array.astype("<f4", copy=False)
+    largest, code = CODES[dtype]
+    slope = np.float32(1 / largest)
+    if float(slope) * largest > 1:  # readers that compute in float64 would get a value above 1
+        slope = np.nextafter(slope, np.float32(0))
+    return float(slope), array if array.dtype == np.uint8 else np.rint(array * np.float32(largest)).astype(code)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of reading to a command line; `reading_options` takes them out again."""
+    group = parser.add_argument_group("reading")
+    listed = "SeriesNumber, or where that is missing or not unique 1, 2, ..., as --list-series prints them"
+    group.add_argument("--series", type=_series, help=f"DICOM series: UID or number ({listed}; default: the largest)")
+    group.add_argument("--frame", type=int, help="which volume of a four-dimensional file, from 0")
+    group.add_argument(
+        "--resample", action="store_true", help="interpolate uneven slice distances and straighten a tilted gantry"
+    )
+    group.add_argument("--nan", choices=NAN_RULES, default="error", help="fill: NaN and infinity become background")
+    group.add_argument("--flip", type=_axes, default="", help="reverse these axes of the result, for example D or DW")
+    group.add_argument("--max_voxels", type=int, default=MAX_VOXELS, help="refuse larger ones (default: %(default)s)")
+
+
+def reading_options(args: argparse.Namespace) -> dict:
+    """The keyword arguments for `load_volume` out of parsed arguments."""
+    return {name: getattr(args, name) for name in ("series", "frame", "resample", "nan", "flip", "max_voxels")}
+
+
+def _series(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _axes(text: str) -> str:
+    axes = text.upper().replace(",", "")
+    if set(axes) - set("DHW"):
+        raise argparse.ArgumentTypeError(f"axes are D, H and W, not {text!r}")
+    return axes
+
+
+def describe(volume: Volume) -> str:
+    """What the reader understood, a line each."""
+    low, high = volume.array.min(), volume.array.max()
+    lines = {
+        "shape": f"{' x '.join(map(str, volume.array.shape))} (D x H x W)",
+        "spacing": f"{' x '.join(f'{size:.4g}' for size in volume.spacing)} mm",
+        "axes": f"{volume.axes or 'unknown'} in the file, read as {volume.orientation}",
+        "modality": f"{volume.modality or 'unknown'} {volume.units}".strip(),
+        "range": f"{low:g} .. {high:g}",
+    }
+    if volume.prepared:
+        lines["prepared"] = volume.preparation or "yes, by the published code as it seems"
+    rows = [f"{name:9}{value}" for name, value in lines.items()]
+    return "\n".join([volume.path, *rows, *(f"warning: {text}" for text in volume.warnings)])
+
+
+def describe_series(series: SeriesInfo) -> str:
+    """One line about a series."""
+    number = "-" if series.number is None else series.number
+    size, spacing = " x ".join(map(str, series.shape)), " x ".join(f"{mm:.3g}" for mm in series.spacing)
+    state = ": ".join(part for part in ("usable" if series.usable else "not usable", series.reason) if part)
+    return f"{number:>4}  {series.modality or '?':3}  {size}  {spacing} mm  {state}  {series.description}  {series.uid}"
+
+
+def main(argv=None) -> int:
+    """Print what the reader understands of a file; 1 where it cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m med3dvlm.data.volume", description=main.__doc__)
+    parser.add_argument("path")
+    parser.add_argument("--orientation", choices=ORIENTATIONS, default="canonical")
+    parser.add_argument(
+        "--list-series", "--list_series", action="store_true", help="list the DICOM series with their numbers"
+    )
+    add_reading_arguments(parser)
+    args = parser.parse_args(argv)
     try:
-        yield
-    except VolumeError:
-        raise
-    except Exception as error:  # decoders raise errors of a dozen types for corrupt input
-        raise VolumeError(f"{path}: cannot be read ({type(error).__name__}: {error}); is the file complete?") from error
-
-
-def _checked(array: np.ndarray, path: Path) -> np.ndarray:
-    """Return `array` as contiguous float32 after the checks that every format shares."""
-    if array.ndim != 3:
-        raise VolumeError(f"{path}: expected a volume with 3 axes, found shape {array.shape}; extract one volume first")
-    if array.size == 0:
-        raise VolumeError(f"{path}: is empty, its shape is {array.shape}")
-    array = np.ascontiguousarray(array, dtype=np.float32)
-    # A sum is not finite as soon as one value is not; float64 because large float32 values could overflow it.
-    with np.errstate(invalid="ignore"):
-        total = array.sum(dtype=np.float64)
-    if not np.isfinite(total):
-        raise VolumeError(f"{path}: holds values that are not finite (NaN or infinity); replace them first")
-    return array
-
-
-def _read_nifti(path: Path, orientation: str) -> Volume:
-    with _reading(path):
-        data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
-        kind = nib.Nifti2Image if data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
-        image = kind.from_bytes(data)
-        if image.get_data_dtype().kind not in "buif":
-            raise VolumeError(f"{path}: expected one number a voxel, found {image.get_data_dtype()}")
-        while len(image.shape) > 3 and image.shape[-1] == 1:
-            image = image.slicer[..., 0]
-        if len(image.shape) == 3 and 0 not in image.shape:
-            array = image.get_fdata(dtype=np.float32, caching="unchanged")  # [i, j, k]
+        if args.list_series:
+            print("\n".join(describe_series(series) for series in list_series(args.path, args.max_voxels)))
         else:
-            array = np.empty(image.shape, np.float32)  # refused below, without reading what may be huge
-    array = _checked(array.T, path)  # [k, j, i]
-
-    affine = image.affine
-    prepared, warnings = _prepared_state(image.header, affine, array)
-    if prepared or orientation == "stored":
-        spacing = tuple(float(size) for size in reversed(image.header.get_zooms()[:3]))
-        return Volume(array, spacing, str(path), "stored", prepared, warnings)
-
-    if int(image.header["qform_code"]) == 0 and int(image.header["sform_code"]) == 0:
-        warnings += (f"{path.name} says nothing about orientation (qform and sform are 0): left and right are guessed",)
-    axes = io_orientation(affine)
-    spacing = nib.affines.voxel_sizes(affine)
-    if np.isnan(axes).any() or not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise VolumeError(f"{path}: its affine is singular or not finite; read it with orientation='stored'")
-    turn = ornt_transform(axes, axcodes2ornt(CANONICAL_AXES))  # where each of i, j, k goes
-    array = np.ascontiguousarray(apply_orientation(array.T, turn))  # [i, j, k] -> [D, H, W]
-    spacing = tuple(float(spacing[source]) for source in np.argsort(turn[:, 0]))
-    return Volume(array, spacing, str(path), "canonical", False, warnings)
+            print(describe(load_volume(args.path, args.orientation, **reading_options(args))))
+    except VolumeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
-def _prepared_state(header, affine: np.ndarray, array: np.ndarray) -> tuple[bool, tuple[str, ...]]:
-    """Say whether the file is prepared: ours by the mark, published ones by a unit affine and values within 0..1."""
-    if bytes(header["descrip"].tobytes()).startswith(PREPARED_MARK):
-        return True, ()
-    unit = np.array_equal(np.abs(affine), np.eye(4))
-    if unit and array.min() >= 0 and array.max() <= 1:
-        return True, ("unit spacing, no position and values within 0..1: taken for a prepared volume, read as stored",)
-    return False, ()
-
-
-def _read_numpy(path: Path) -> Volume:
-    with _reading(path):
-        array = np.load(path, allow_pickle=False)
-        if array.dtype.kind not in "buif":
-            raise VolumeError(f"{path}: expected an array of numbers, found {array.dtype}")
-    if array.ndim == 4 and array.shape[0] == 1:  # [1, D, H, W], as M3D stores its arrays
-        array = array[0]
-    return Volume(_checked(array, path), path=str(path))
-
-
-def slice_files(folder) -> list[Path]:
-    """The slices of a series in numeric order ("2.png" before "10.png")."""
-    files = [f for f in Path(folder).iterdir() if f.suffix.lower() in SLICE_SUFFIXES and not f.name.startswith(".")]
-    # Splitting at numbers alternates text and digits, so that keys compare text with text and number with number.
-    return sorted(files, key=lambda f: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", f.stem)])
-
-
-def _read_slices(folder: Path) -> Volume:
-    """Stack the slices of a folder by the published rule: 8-bit grey, divided by 255, only the most frequent shape."""
-    files = slice_files(folder)
-    if not files:
-        raise VolumeError(f"{folder}: holds no slices ({', '.join(SLICE_SUFFIXES)})")
-    slices = [_read_slice(file) for file in files]
-    shape = Counter(s.shape for s in slices).most_common(1)[0][0]
-    kept = [s for s in slices if s.shape == shape]
-    warnings = ()
-    if len(kept) < len(slices):
-        left_out = len(slices) - len(kept)
-        warnings = (f"{left_out} of {len(slices)} slices left out: their size is not the common {shape}",)
-    array = np.stack(kept).astype(np.float32) / np.float32(255)  # [D, H, W]
-    return Volume(_checked(array, folder), path=str(folder), warnings=warnings)
-
-
-def _read_slice(file: Path) -> np.ndarray:
-    with _reading(file), Image.open(file) as image:
-        if image.mode == "P":  # through RGBA, so that a transparent palette entry keeps its colour
-            image = image.convert("RGBA")
-        return np.asarray(image if image.mode == "L" else image.convert("L"))  # [H, W] uint8
+if __name__ == "__main__":
+    sys.exit(main())
