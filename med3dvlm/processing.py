@@ -4,6 +4,7 @@ The only place that knows how many image tokens stand for a volume, and that exp
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from transformers.utils import cached_file
 from med3dvlm.configuration import IMAGE_TOKEN, CLIPConfig, VLMConfig
 from med3dvlm.data.collate import IGNORED_LABEL, pad_sequences
 from med3dvlm.data.files import write_bytes
-from med3dvlm.data.preprocess import PreprocessConfig, preprocess
-from med3dvlm.data.volume import load_volume
+from med3dvlm.data.preprocess import preprocess
+from med3dvlm.data.presets import PreprocessConfig
+from med3dvlm.data.profile import PUBLISHED_PROFILE, DataProfile, input_warnings
+from med3dvlm.data.volume import Volume, load_volume
 from med3dvlm.model.weights import CheckpointError, checkpoint_errors
 
 PROCESSOR_FILE = "processor_config.json"
@@ -54,6 +57,46 @@ def load_tokenizer(folder):
         return load_tokenizer(CLIPConfig.from_dict(config).language_model_name_or_path)
 
 
+def save_preprocess(folder, config: PreprocessConfig, training_data: DataProfile | None = None, **more) -> None:
+    """Write `processor_config.json` into a model's folder: its pipeline, what is known of its training data, and `more`
+    (for a language model, what `VLMProcessor` needs besides).
+    """
+    known = {} if training_data is None else {"training_data": training_data.to_dict()}
+    values = {**more, "preprocess": config.to_dict(), **known}
+    write_bytes(Path(folder) / PROCESSOR_FILE, (json.dumps(values, indent=2) + "\n").encode("utf-8"))
+
+
+def load_preprocess(folder, config=None) -> tuple[PreprocessConfig, DataProfile]:
+    """The pipeline of a model (language model or dual encoder) and the profile of its training data.
+
+    A published checkpoint has no `processor_config.json`: it takes the published pipeline, at the `input_size` of its
+    `config` (read from the folder where None), and the profile of M3D.
+    Raises CheckpointError where neither is there, or the file cannot be used.
+    """
+    with checkpoint_errors(folder):
+        values = _read_json(folder, PROCESSOR_FILE)
+        if values:
+            profile = DataProfile.from_dict(values.get("training_data", {}))
+            return PreprocessConfig.from_dict(values["preprocess"]), profile
+        values = config.to_dict() if config is not None else _read_json(folder, "config.json")
+        if not values.get("input_size"):
+            raise CheckpointError(f"{folder}: neither {PROCESSOR_FILE} nor input_size in its config.json")
+        height, width, depth = values["input_size"]
+        return PreprocessConfig("published", (depth, height, width)), PUBLISHED_PROFILE
+
+
+def see(source, config: PreprocessConfig, training_data: DataProfile, **reading):
+    """A scan as a model sees it.
+
+    source: a path of any form that `load_volume` reads (with its keywords as `reading`), or a `Volume`.
+    Returns the image `[1, D, H, W]` within 0..1, the `Volume`, and sentences that a user should see: those of reading,
+    and what makes the volume unlike the training data.
+    Raises VolumeError for what cannot be used.
+    """
+    volume = _read(source, config, reading)
+    return preprocess(volume, config), volume, volume.warnings + input_warnings(volume, config, training_data)
+
+
 class SequenceTooLongError(ValueError):
     """A question that fills the whole sequence, so that nothing of the answer is left to learn from."""
 
@@ -66,9 +109,17 @@ class VLMProcessor:
             pad token where there is none.
         num_image_tokens: tokens that stand for one volume, as many as the projector gives.
         preprocess: what a volume goes through on its way to the model.
+        training_data: what is known of the volumes that the model learned from; None is nothing.
     """
 
-    def __init__(self, tokenizer, num_image_tokens: int, preprocess: PreprocessConfig, image_token: str = IMAGE_TOKEN):
+    def __init__(
+        self,
+        tokenizer,
+        num_image_tokens: int,
+        preprocess: PreprocessConfig,
+        image_token: str = IMAGE_TOKEN,
+        training_data: DataProfile | None = None,
+    ):
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
         if tokenizer.pad_token_id is None:
@@ -76,6 +127,7 @@ class VLMProcessor:
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.preprocess = preprocess
+        self.training_data = training_data or DataProfile()
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
 
@@ -162,20 +214,19 @@ class VLMProcessor:
             batch["images"] = torch.stack(images)
         return batch
 
-    def load_image(self, source) -> torch.Tensor:
+    def load_image(self, source, **reading) -> torch.Tensor:
         """The model's input `[1, D, H, W]` of a path or of a `Volume`. Raises VolumeError for what cannot be used."""
-        volume = load_volume(source) if isinstance(source, str | Path) else source
-        return preprocess(volume, self.preprocess.preset, self.preprocess.size)
+        return preprocess(_read(source, self.preprocess, reading), self.preprocess)
+
+    def see(self, source, **reading):
+        """Image, `Volume` and warnings of a path or of a `Volume`: see the function `see`."""
+        return see(source, self.preprocess, self.training_data, **reading)
 
     def save_pretrained(self, folder) -> None:
         """Write the tokenizer's files and `processor_config.json` into `folder`."""
         self.tokenizer.save_pretrained(folder)
-        values = {
-            "image_token": self.image_token,
-            "num_image_tokens": self.num_image_tokens,
-            "preprocess": self.preprocess.to_dict(),
-        }
-        write_bytes(Path(folder) / PROCESSOR_FILE, (json.dumps(values, indent=2) + "\n").encode("utf-8"))
+        own = {"image_token": self.image_token, "num_image_tokens": self.num_image_tokens}
+        save_preprocess(folder, self.preprocess, self.training_data, **own)
 
     @classmethod
     def from_pretrained(cls, folder, config=None) -> "VLMProcessor":
@@ -188,16 +239,15 @@ class VLMProcessor:
         with checkpoint_errors(folder):
             tokenizer = load_tokenizer(folder)
             values = _read_json(folder, PROCESSOR_FILE)
-            if values:
-                steps = PreprocessConfig.from_dict(values["preprocess"])
-                return cls(tokenizer, values["num_image_tokens"], steps, values["image_token"])
-            values = config.to_dict() if config is not None else _read_json(folder, "config.json")
-            if not values.get("proj_out_num") or not values.get("input_size"):
+            if not values:
+                values = config.to_dict() if config is not None else _read_json(folder, "config.json")
+            count = values.get("num_image_tokens") or values.get("proj_out_num")
+            if not count:
                 raise CheckpointError(
-                    f"{folder}: neither {PROCESSOR_FILE} nor proj_out_num and input_size in its config.json"
+                    f"{folder}: neither num_image_tokens in {PROCESSOR_FILE} nor proj_out_num in its config.json"
                 )
-            height, width, depth = values["input_size"]
-            return cls(tokenizer, values["proj_out_num"], PreprocessConfig("published", (depth, height, width)))
+            steps, training_data = load_preprocess(folder, config)
+            return cls(tokenizer, count, steps, values.get("image_token", IMAGE_TOKEN), training_data)
 
     def _answered(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Ids of prompt, space, answer and end token, and how many of them the prompt takes."""
@@ -210,6 +260,14 @@ class VLMProcessor:
                 f"the question has {asked} tokens ({self.num_image_tokens} of them for the image) and leaves no room "
                 f"for an answer in a sequence of {max_length}; raise the maximum length or shorten the question"
             )
+
+
+def _read(source, config: PreprocessConfig, reading: dict) -> Volume:
+    if isinstance(source, str | os.PathLike):
+        return load_volume(source, **{"prepared_size": config.size, **reading})
+    if reading:
+        raise ValueError(f"{', '.join(reading)}: options of reading belong to a path, not to a volume that was read")
+    return source
 
 
 def _read_json(folder, name: str) -> dict:

@@ -1,95 +1,93 @@
 """One named pipeline from a volume to the model's input, used by every stage, the evaluations, demo and app.
 
 It is stored beside the weights (see `med3dvlm.processing`), so that a model is always shown what it was trained on.
+Stages: intensities to 0..1, crop to what lies above 0, resize (see docs/data.md, "Intensities").
 """
 
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from med3dvlm.data.presets import PUBLISHED_SIZE, PreprocessConfig
 from med3dvlm.data.volume import Volume, VolumeError
 
-PUBLISHED_SIZE = (128, 256, 256)  # D, H, W
-PRESETS = {
-    "published": "min-max over the whole volume, crop to values above 0, trilinear resize",
-    "prepared": "values already within 0..1: trilinear resize where the size differs, otherwise unchanged",
-}
+_MR_PERCENTILES = (0.5, 99.5)
+_LEAST_CONTRAST = 0.01  # of the range 0..1; what a window leaves of a volume that has no HU
 
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """The serialisable form of the pipeline: a preset and the size (D, H, W) it ends with."""
+@lru_cache(maxsize=16)
+def build_pipeline(config: PreprocessConfig):
+    """The stages as one `monai.transforms.Compose` from `[1, D, H, W]` (a MetaTensor with spacing where the aspect is
+    to be kept) to `[1, *config.size]` within 0..1.
 
-    preset: str = "published"
-    size: tuple[int, int, int] = PUBLISHED_SIZE
+    MONAI is imported here, because its import takes seconds and prepared volumes don't need it.
+    Raises ValueError for the preset "prepared", which has no stages.
+    """
+    from monai.transforms import (
+        Compose,
+        CropForeground,
+        Resize,
+        ResizeWithPadOrCrop,
+        ScaleIntensity,
+        ScaleIntensityRange,
+        ScaleIntensityRangePercentiles,
+    )
 
-    def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise ValueError(f"unknown preprocessing {self.preset!r}; known are {', '.join(PRESETS)}")
-        size = tuple(int(n) for n in self.size)
-        if len(size) != 3 or min(size) < 1:
-            raise ValueError(f"the size of a volume is three positive numbers (D, H, W), not {self.size}")
-        object.__setattr__(self, "size", size)
-
-    def to_dict(self) -> dict:
-        """A dict that json can hold; `version` counts changes of what a preset means."""
-        return {**asdict(self), "size": list(self.size), "version": 1}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "PreprocessConfig":
-        """The inverse of `to_dict`. Raises ValueError where a newer version wrote it or a key is unknown."""
-        values = dict(values)
-        version = values.pop("version", 1)
-        unknown = set(values) - {"preset", "size"}
-        if version != 1 or unknown:
-            raise ValueError(f"preprocessing of version {version} with keys {sorted(values)} is not known here; update")
-        return cls(**values)
-
-    def __str__(self) -> str:
-        return f"{self.preset} ({PRESETS[self.preset]}) to {'x'.join(map(str, self.size))}"
+    if config.preset == "prepared":
+        raise ValueError("prepared volumes pass through no pipeline")
+    if config.preset == "published":
+        stages = [ScaleIntensity(0.0, 1.0)]
+    elif config.preset == "mr":
+        stages = [ScaleIntensityRangePercentiles(*_MR_PERCENTILES, 0.0, 1.0, clip=True)]
+    else:
+        stages = [ScaleIntensityRange(*config.hu_range, 0.0, 1.0, clip=True)]
+    if config.crop:
+        stages.append(CropForeground())  # to the smallest box that holds every value above 0
+    if config.keep_aspect:
+        stages += [partial(scale_to_fit, size=config.size), ResizeWithPadOrCrop(config.size)]
+    else:
+        stages.append(Resize(config.size, mode="trilinear", align_corners=False))  # half-pixel centres
+    return Compose(stages)
 
 
-def preprocess(volume: Volume | np.ndarray, preset: str = "published", size=PUBLISHED_SIZE) -> torch.Tensor:
+def scale_to_fit(image, size: tuple[int, int, int]):
+    """Scale a MetaTensor `[1, D, H, W]` to voxels of one length on all axes, as large as fits into `size`."""
+    from monai.transforms import Resize
+
+    extent = np.array(image.shape[1:]) * np.asarray(image.pixdim)  # mm along D, H, W
+    voxel = (extent / size).max()  # mm
+    scaled = np.clip(np.rint(extent / voxel), 1, size).astype(int).tolist()
+    return Resize(scaled, mode="trilinear", align_corners=False)(image)
+
+
+def preprocess(volume: Volume | np.ndarray, preset="published", size=PUBLISHED_SIZE, **options) -> torch.Tensor:
     """Return the model's input: float32 `[1, D, H, W]` within 0..1.
 
     volume: a `Volume`, or an array `[D, H, W]`. A prepared volume is only resized, and passes unchanged where it
     already has the right size.
+    preset: a `PreprocessConfig`, or the name of a preset, with `size` and the other fields as keywords.
     Raises:
         VolumeError: not three axes, no contrast, or values outside 0..1 in what is said to be prepared.
-        ValueError: unknown preset or size.
+        ValueError: unknown preset, size or option.
     """
-    config = PreprocessConfig(preset, size)
+    config = preset if isinstance(preset, PreprocessConfig) else PreprocessConfig(preset, size, **options)
     if not isinstance(volume, Volume):
         volume = Volume(np.ascontiguousarray(volume, dtype=np.float32), path="array")
     array, name = volume.array, volume.path or "volume"
     if array.ndim != 3:
         raise VolumeError(f"{name}: expected [D, H, W], found shape {array.shape}")
     image = torch.from_numpy(array)  # [D, H, W]
-    low, high = image.min().item(), image.max().item()
-    if not volume.prepared and preset == "published":
-        if not high > low:
-            raise VolumeError(f"{name}: all values are {low:g}, there is nothing to see")
-        return resize(crop_to_foreground(min_max(image)), config.size)[None]  # [1, D, H, W]
-    if low < 0 or high > 1:
-        raise VolumeError(f"{name}: prepared values lie within 0..1, found {low:g}..{high:g}; use the published preset")
-    return resize(image, config.size)[None]  # [1, D, H, W]
-
-
-def min_max(image: torch.Tensor) -> torch.Tensor:
-    """Scale to 0..1 over the whole volume."""
-    image = image - image.min()
-    return image / image.max().clamp(min=1e-8)
-
-
-def crop_to_foreground(image: torch.Tensor) -> torch.Tensor:
-    """The smallest box of `[D, H, W]` that holds every value above 0."""
-    plane = (image > 0).any(dim=0)  # [H, W]
-    along = ((image > 0).flatten(1).any(dim=1), plane.any(dim=1), plane.any(dim=0))  # D, H, W
-    ends = [axis.nonzero().flatten()[[0, -1]].tolist() for axis in along]
-    return image[tuple(slice(first, last + 1) for first, last in ends)]
+    low, high = (value.item() for value in torch.aminmax(image))
+    if volume.prepared or config.preset == "prepared":
+        if low < 0 or high > 1:
+            raise VolumeError(
+                f"{name}: prepared values lie within 0..1, found {low:g}..{high:g}; use the published preset"
+            )
+        return resize(image, config.size)[None]  # [1, D, H, W]
+    _check_contrast(name, low, high, config)
+    return _run(build_pipeline(config), image, volume.spacing, name)  # [1, D, H, W]
 
 
 def resize(image: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
@@ -99,27 +97,28 @@ def resize(image: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     return F.interpolate(image[None, None], size=size, mode="trilinear", align_corners=False)[0, 0]
 
 
-@lru_cache
-def published_augmentation(square: bool):
-    """The random changes of the published training as one MONAI Compose on `[1, D, H, W]`.
+def _check_contrast(name: str, low: float, high: float, config: PreprocessConfig) -> None:
+    """Refuse what would come out as one grey value."""
+    if not high > low:
+        raise VolumeError(f"{name}: all values are {low:g}, there is nothing to see")
+    if config.hu_range is None:
+        return
+    floor, ceiling = config.hu_range
+    seen = np.clip((np.array([low, high]) - floor) / (ceiling - floor), 0, 1)
+    if seen[1] - seen[0] < _LEAST_CONTRAST:
+        raise VolumeError(
+            f"{name}: its values {low:g}..{high:g} show nothing in the HU window {floor:g}..{ceiling:g}; "
+            "what was windowed before, or is no CT, needs another preset (published, mr or prepared)"
+        )
 
-    Quarter turns in the (H, W) plane with probability 0.5 (left out where H and W differ: they would change the
-    shape), flips along D, H and W with 0.1 each, intensity scaled within 10 % and shifted within 0.1 with 0.5 each.
-    """
-    from monai.transforms import Compose, RandFlip, RandRotate90, RandScaleIntensity, RandShiftIntensity
 
-    turns = [RandRotate90(prob=0.5, spatial_axes=(1, 2))] if square else []
-    flips = [RandFlip(prob=0.1, spatial_axis=axis) for axis in range(3)]
-    intensity = [RandScaleIntensity(factors=0.1, prob=0.5), RandShiftIntensity(offsets=0.1, prob=0.5)]
-    return Compose(turns + flips + intensity)
+def _run(pipeline, image: torch.Tensor, spacing, name: str) -> torch.Tensor:
+    """Send `[D, H, W]` through a pipeline. Raises VolumeError where percentiles leave nothing to scale by."""
+    from monai.data import MetaTensor
 
-
-def augment(image: torch.Tensor, seed: int) -> torch.Tensor:
-    """Apply the published augmentation to `[1, D, H, W]`; the same seed gives the same change.
-
-    Off unless asked for: flips and turns contradict what reports say about sides and planes. As published, values may
-    leave 0..1 by up to 0.2.
-    """
-    transform = published_augmentation(image.shape[-2] == image.shape[-1])
-    transform.set_random_state(seed=seed)
-    return torch.as_tensor(transform(image).as_tensor()).contiguous()
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+    result = pipeline(MetaTensor(image[None], affine=affine)).as_tensor()
+    low, high = (value.item() for value in torch.aminmax(result))
+    if low < -1e-4 or high > 1 + 1e-4 or not high > low:
+        raise VolumeError(f"{name}: nearly all of its values are the same, there is nothing to see")
+    return result.clamp_(0, 1).contiguous()

@@ -8,10 +8,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from med3dvlm.data.preprocess import PreprocessConfig
+from med3dvlm.configuration import CLIPConfig
+from med3dvlm.data.preprocess import PreprocessConfig, preprocess
+from med3dvlm.data.profile import PUBLISHED_PROFILE, DataProfile
 from med3dvlm.data.volume import Volume, VolumeError, write_prepared
 from med3dvlm.model.weights import CheckpointError
-from med3dvlm.processing import SequenceTooLongError, VLMProcessor, load_tokenizer
+from med3dvlm.processing import (
+    SequenceTooLongError,
+    VLMProcessor,
+    load_preprocess,
+    load_tokenizer,
+    save_preprocess,
+    see,
+)
 from tests.helpers.tiny_data import clip_tokenizer, vlm_tokenizer
 
 SIZE = (4, 6, 8)
@@ -109,11 +118,67 @@ def test_load_image_accepts_a_volume_and_names_a_bad_file(processor, tmp_path):
         processor.load_image(tmp_path / "missing.nii")
 
 
+def test_seeing_brings_image_volume_and_warnings(processor, tmp_path):
+    """Those of reading, then what makes the scan unlike the training data."""
+    array = np.random.default_rng(0).normal(0, 400, (20, 9, 9)).astype(np.float32)
+    volume = Volume(array, (2.0, 1.0, 1.0), "x.nii", "canonical", warnings=("said by the reader",))
+    processor.training_data = PUBLISHED_PROFILE
+    image, seen, warnings = processor.see(volume)
+    assert torch.equal(image, processor.load_image(volume)) and seen is volume
+    assert warnings[0] == "said by the reader" and "values are HU" in warnings[1] and len(warnings) == 2
+    np.save(tmp_path / "x.npy", array)
+    config = PreprocessConfig("ct_abdomen", SIZE)
+    image, seen, warnings = see(tmp_path / "x.npy", config, DataProfile(), flip="D")
+    assert np.array_equal(seen.array, array[::-1]) and warnings == ()
+    assert torch.equal(image, preprocess(array[::-1].copy(), config))
+    with pytest.raises(ValueError, match="flip: options of reading belong to a path"):
+        processor.see(volume, flip="D")
+
+
+def test_the_whole_pipeline_is_applied_and_saved(tmp_path):
+    """Not only preset and size: a window of one's own, aspect and crop too; and the profile of the training data."""
+    config = PreprocessConfig("window", SIZE, window=(40, 400), keep_aspect=True, crop=False)
+    profile = DataProfile(cases=3, modalities=("CT",), values="HU", spacing=((1.0, 3.0),) * 3)
+    VLMProcessor(vlm_tokenizer(), 8, config, training_data=profile).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vlm_qwen"}')
+    loaded = VLMProcessor.from_pretrained(tmp_path)
+    assert loaded.preprocess == config and loaded.training_data == profile
+    assert load_preprocess(tmp_path) == (config, profile)
+    volume = Volume(np.random.default_rng(0).normal(0, 400, (9, 9, 9)).astype(np.float32), (3.0, 1.0, 1.0))
+    assert torch.equal(loaded.load_image(volume), preprocess(volume, config))
+
+
+def test_pipeline_of_a_dual_encoder(tmp_path):
+    """Beside its weights where it was trained here; a published one has its size only, as (H, W, D)."""
+    config, profile = PreprocessConfig("ct_lung", SIZE), DataProfile(cases=2, values="HU")
+    save_preprocess(tmp_path / "ours", config, profile)
+    assert load_preprocess(tmp_path / "ours") == (config, profile)
+    published = tmp_path / "published"
+    CLIPConfig(input_size=[256, 192, 128]).save_pretrained(published)
+    expected = (PreprocessConfig("published", (128, 256, 192)), PUBLISHED_PROFILE)
+    assert load_preprocess(published) == load_preprocess(published, CLIPConfig.from_pretrained(published)) == expected
+    (published / "config.json").write_text('{"model_type": "dec_clip"}')
+    with pytest.raises(CheckpointError, match="neither processor_config.json nor input_size"):
+        load_preprocess(published)
+
+
+def test_processor_files_of_version_1_are_read(tmp_path):
+    """They say nothing about the training data."""
+    vlm_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vlm_qwen"}')
+    steps = {"preset": "published", "size": [4, 6, 8], "version": 1}
+    values = {"image_token": "<im_patch>", "num_image_tokens": 8, "preprocess": steps}
+    (tmp_path / "processor_config.json").write_text(json.dumps(values))
+    loaded = VLMProcessor.from_pretrained(tmp_path)
+    assert loaded.preprocess == PreprocessConfig("published", SIZE) and loaded.training_data == DataProfile()
+
+
 def test_saved_processor_is_the_same(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vlm_qwen"}')
     loaded = VLMProcessor.from_pretrained(tmp_path)
-    assert loaded.preprocess == processor.preprocess and loaded.num_image_tokens == 8
+    assert loaded.preprocess == processor.preprocess and loaded.training_data == processor.training_data
+    assert loaded.num_image_tokens == 8
     assert loaded.image_token_id == processor.image_token_id
     prompt = processor.prompt("Where is the cyst, 12 mm?")
     assert torch.equal(loaded.encode(prompt, "It's left")["labels"], processor.encode(prompt, "It's left")["labels"])
@@ -132,11 +197,17 @@ def test_published_folder_needs_no_processor_file(tmp_path):
         VLMProcessor.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", '{"image_token": "<im_patch>"}', '{"preprocess": {"preset": "none"}}'])
-def test_broken_processor_file_is_named(processor, tmp_path, text):
+@pytest.mark.parametrize("text, reason", [
+    ("{", "cannot be used"), ('{"image_token": "<im_patch>"}', "neither num_image_tokens in processor_config.json nor"),
+    ('{"num_image_tokens": 8}', "cannot be used"),
+    ('{"num_image_tokens": 8, "preprocess": {"preset": "none"}}', "unknown preprocessing 'none'"),
+    ('{"num_image_tokens": 8, "preprocess": {"version": 9}}', "version 9: this software knows up to 2; update"),
+    ('{"num_image_tokens": 8, "preprocess": {}, "training_data": {"version": 9}}', "version 9"),
+])  # fmt: skip
+def test_broken_processor_file_is_named(processor, tmp_path, text, reason):
     processor.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be used"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*{reason}"):
         VLMProcessor.from_pretrained(tmp_path)
 
 
