@@ -2,19 +2,25 @@
 
 An item never stands in for another one: what cannot be read raises an error that names manifest, row and file. Only
 where `max_bad_samples` allows for it, an item is None instead, counted in `bad_samples`, and left out of its batch.
+
+Images are handed on as they are stored, uint8 codes where they can be: `med3dvlm.data.augment.to_unit` converts and
+augments a whole batch on the device.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
+from med3dvlm.data.codes import FileImages
 from med3dvlm.data.manifest import CaptionRecord, ManifestError, VQARecord, missing_hint
-from med3dvlm.data.preprocess import PreprocessConfig, augment, preprocess
+from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_answer, closed_question
-from med3dvlm.data.volume import VolumeError, load_volume
+from med3dvlm.data.volume import VolumeError
 
+ImageSource = Callable[[str], torch.Tensor]  # path -> [1, D, H, W], uint8 codes or float32 within 0..1
 VQA_KINDS = ("closed", "open", "yes_no")
 
 
@@ -29,15 +35,15 @@ class ImageTextDataset(Dataset):
 
     Args:
         records: one per item, with `image`, `where`.
-        read_image: path -> `[1, D, H, W]`.
+        images: path -> `[1, D, H, W]`, a `FileImages` or an `ImageCache`.
         seed: of every random choice, together with the epoch and the index.
-        augmented: apply the published augmentation to the images.
+        augmented: let items say by which seed their image is to be augmented (`image_seed`).
         max_bad_samples: how many unreadable items may be skipped; 0 (evaluation always) raises for the first.
     """
 
-    def __init__(self, records, read_image, seed: int = 0, augmented: bool = False, max_bad_samples: int = 0):
+    def __init__(self, records, images: ImageSource, seed: int = 0, augmented: bool = False, max_bad_samples: int = 0):
         self.records = records
-        self.read_image = read_image
+        self.images = images
         self.seed = seed
         self.augmented = augmented
         self.max_bad_samples = max_bad_samples
@@ -51,26 +57,31 @@ class ImageTextDataset(Dataset):
     def __getitem__(self, index: int) -> dict | None:
         """The item, or None where it is unreadable and may be skipped."""
         try:
-            return {**self.load_text(index), "image": self.load_image(index)}
+            item = {**self.load_text(index), "image": self.load_image(index)}
         except (VolumeError, ManifestError, SampleError) as error:
             self._bad[index] = True
             if len(self.bad_samples) > self.max_bad_samples:
                 allowance = f" ({self.max_bad_samples} bad samples allowed)" if self.max_bad_samples else ""
                 raise type(error)(f"{error}{allowance}") from error
             return None
+        if self.augmented:
+            item["image_seed"] = self.random(index).getrandbits(31)
+        return item
 
     def load_text(self, index: int) -> dict:
         """The item without its image: its tensors are 1-D and not padded."""
         raise NotImplementedError
 
     def load_image(self, index: int) -> torch.Tensor:
-        """The image of an item, `[1, D, H, W]`. Raises VolumeError with manifest, row and file."""
+        """The image of an item as it is stored, `[1, D, H, W]`, only to be read.
+
+        Raises VolumeError with manifest, row and file.
+        """
         record = self.records[index]
         try:
-            image = self.read_image(record.image)
+            return self.images(record.image)
         except VolumeError as error:
             raise VolumeError(f"{record.where}: {error}{missing_hint(record.image)}") from error
-        return augment(image, self.random(index).getrandbits(31)) if self.augmented else image
 
     @property
     def bad_samples(self) -> list[str]:
@@ -93,8 +104,8 @@ class QuestionDataset(ImageTextDataset):
     question_type, answer_choice and image_path.
     """
 
-    def __init__(self, records, processor, max_length: int, **options):
-        super().__init__(records, processor.load_image, **options)
+    def __init__(self, records, processor, max_length: int, images: ImageSource | None = None, **options):
+        super().__init__(records, images or FileImages(processor.preprocess), **options)
         self.processor = processor
         self.max_length = max_length
 
@@ -181,7 +192,14 @@ class GroupedQADataset(ImageTextDataset):
         questions_per_image: the most turns in a sequence; later ones that don't fit `max_length` are left out.
     """
 
-    def __init__(self, datasets: list[QuestionDataset], max_length: int, questions_per_image: int = 5, **options):
+    def __init__(
+        self,
+        datasets: list[QuestionDataset],
+        max_length: int,
+        questions_per_image: int = 5,
+        images: ImageSource | None = None,
+        **options,
+    ):
         groups: dict[str, list[tuple[QuestionDataset, int]]] = {}
         for dataset in datasets:
             for index, record in enumerate(dataset.records):
@@ -191,7 +209,7 @@ class GroupedQADataset(ImageTextDataset):
         self.max_length = max_length
         self.questions_per_image = questions_per_image
         records = [dataset.records[index] for dataset, index in (group[0] for group in self.groups)]
-        super().__init__(records, self.processor.load_image, **options)
+        super().__init__(records, images or FileImages(self.processor.preprocess), **options)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
@@ -230,16 +248,13 @@ class PairDataset(ImageTextDataset):
         max_length: int,
         preprocess_config: PreprocessConfig,
         shuffled: bool = False,
+        images: ImageSource | None = None,
         **options,
     ):
-        super().__init__(records, self._read, **options)
+        super().__init__(records, images or FileImages(preprocess_config), **options)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.preprocess_config = preprocess_config
         self.shuffled = shuffled
-
-    def _read(self, path: str) -> torch.Tensor:
-        return preprocess(load_volume(path), self.preprocess_config.preset, self.preprocess_config.size)
 
     def load_text(self, index: int) -> dict:
         rng = self.random(index) if self.shuffled else None

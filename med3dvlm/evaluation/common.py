@@ -16,9 +16,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from med3dvlm.data.augment import to_unit
+from med3dvlm.data.codes import FileImages
 from med3dvlm.data.files import write_bytes
-from med3dvlm.data.preprocess import PreprocessConfig, preprocess
-from med3dvlm.data.volume import VolumeError, load_volume
+from med3dvlm.data.preprocess import PreprocessConfig
+from med3dvlm.data.volume import VolumeError
 from med3dvlm.evaluation import metrics
 from med3dvlm.evaluation.wordnet import INSTALL_COMMAND, find_wordnet
 from med3dvlm.inference import DTYPES
@@ -126,7 +128,8 @@ class _Images(Dataset):
     """Preprocessed images ``[1, D, H, W]`` by path; None is an empty image."""
 
     def __init__(self, paths: Sequence[str | None], where: dict[str, str], config: PreprocessConfig):
-        self.paths, self.where, self.config = paths, where, config
+        self.paths, self.where, self.size = paths, where, config.size
+        self.read = FileImages(config)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -134,9 +137,9 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.paths[index]
         if path is None:
-            return torch.zeros(1, *self.config.size)
+            return torch.zeros(1, *self.size)
         try:
-            return preprocess(load_volume(path), self.config.preset, self.config.size)
+            return to_unit(self.read(path)[None])[0]
         except VolumeError as error:
             raise VolumeError(f"{self.where[path]}: {error}") from error
 

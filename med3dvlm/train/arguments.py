@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 
 from med3dvlm.configuration import PRESETS
+from med3dvlm.data.cache import CacheError
+from med3dvlm.data.datasets import SampleError
+from med3dvlm.data.manifest import ManifestError
+from med3dvlm.data.volume import VolumeError
+from med3dvlm.model.weights import CheckpointError
 
 COMPLETE = "complete"  # written into a checkpoint folder last: an interrupted one is never continued from
+
+
+class FlagError(ValueError):
+    """Flags that contradict each other or name what cannot be; the message says which."""
+
+
+BAD_INPUT = (FlagError, CacheError, CheckpointError, ManifestError, SampleError, VolumeError)
 
 
 def _device_has_bf16() -> bool:
@@ -40,6 +54,9 @@ class VisionArguments:
     dim: int = arg("Width of the ViT-3D (vit3d only).", default=768)
     depth: int = arg("Blocks of the ViT-3D (vit3d only).", default=12)
     patch_size: list[int] = arg("Patch of the ViT-3D (vit3d only).", factory=lambda: [16, 16, 16])
+    fused_encoder: Literal["cpu", "auto", "off"] = arg(
+        "Fast path of DCFormer: on the CPU only, auto: also the Triton kernels on a GPU, off: nowhere.", default="cpu"
+    )
 
     @property
     def volume_size(self) -> tuple[int, int, int]:
@@ -90,7 +107,16 @@ class DataArguments:
     data_root: str = arg("Folder that the paths in the manifests are relative to.", default="./data")
     cap_data_path: str = arg("M3D_Cap.json.", default="./data/M3D_Cap_npy/M3D_Cap.json")
     max_bad_samples: int = arg("Unreadable samples to skip (counted and listed) before the stage stops.", default=0)
-    augment: bool = arg("Published augmentation: flips and quarter turns contradict sides and planes.", default=False)
+    image_cache: str | None = arg(
+        "Folder of a memory-mapped image cache, made when it is not there (one byte a voxel); 'auto': image_cache "
+        "in data_root.",
+        default=None,
+    )
+    augment: Literal["none", "intensity", "published", "auto"] = arg(
+        "Random changes of images. intensity: scale and shift; published: also flips and quarter turns, which "
+        "contradict texts with sides and planes; auto: published where no text names any, otherwise intensity.",
+        default="none",
+    )
 
     @property
     def check_files(self) -> bool:
@@ -138,12 +164,14 @@ class StageTrainingArguments(transformers.TrainingArguments):
             self.warmup_steps = self.warmup_ratio  # below 1: a share of all steps
         self.run_name = self.wb_name or self.run_name
         super().__post_init__()
+        # What is pinned can go to the device while the step before it is computed.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def checkpoint_to_resume(self) -> str | None:
         """The folder to continue from, None for a fresh start.
 
         Raises:
-            ValueError: the named folder is not a complete checkpoint.
+            FlagError: the named folder is not a complete checkpoint.
         """
         asked = self.resume_from_checkpoint
         if asked is None or str(asked).lower() == "false":
@@ -152,8 +180,8 @@ class StageTrainingArguments(transformers.TrainingArguments):
             complete = complete_checkpoints(self.output_dir)
             return str(complete[-1]) if complete else None
         if not (Path(asked) / COMPLETE).is_file():
-            raise ValueError(f"--resume_from_checkpoint {asked}: expected a complete checkpoint folder, found no file "
-                             f"{COMPLETE!r} in it; 'auto' takes the last complete one of --output_dir")  # fmt: skip
+            raise FlagError(f"--resume_from_checkpoint {asked}: expected a complete checkpoint folder, found no file "
+                            f"{COMPLETE!r} in it; 'auto' takes the last complete one of --output_dir")  # fmt: skip
         return str(asked)
 
 
@@ -198,6 +226,8 @@ def parse_stage(stage: str, classes: Sequence[type], argv: Sequence[str] | None,
     Args:
         stage: "clip", or "vlm", which becomes "projector" or "lora" by its flags.
         classes: dataclasses of the stage.
+    Raises:
+        FlagError: values that don't go together. What is no flag at all ends the program, as argparse does.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=sorted(PRESETS), default="published")
@@ -213,10 +243,34 @@ def parse_stage(stage: str, classes: Sequence[type], argv: Sequence[str] | None,
     defaults = (PUBLISHED_LORA if stage == "lora" else {}) | PRESETS[known.preset][stage]
     accepted = {action.dest for action in parser._actions}
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in accepted})
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    with checked_flags("flags of the stage"):
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(parsed)
+
+
+@contextmanager
+def checked_flags(about: str) -> Iterator[None]:
+    """What flags bring about elsewhere (a model that is not there, sizes that don't fit) is a FlagError `about` them.
+
+    Errors that say themselves what they are about stay as they are.
+    """
+    try:
+        yield
+    except BAD_INPUT:
+        raise
+    except (OSError, ValueError) as error:
+        raise FlagError(f"{about}: {' '.join(str(error).split())}") from error
+
+
+def run(main: Callable[[], object]) -> None:
+    """A stage as a program: what users can put right ends it with one sentence and exit status 1."""
+    try:
+        main()
+    except BAD_INPUT as error:
+        # The message of a loader's process is a traceback, whose last line has the error's own.
+        sys.exit(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}")
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,20 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from med3dvlm.data.collate import collate_pairs
 from med3dvlm.data.datasets import PairDataset
 from med3dvlm.data.manifest import read_caption_manifest
-from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.model.checkpoint import save_vision_encoder
 from med3dvlm.model.clip import CLIPModel
-from med3dvlm.processing import load_tokenizer
-from med3dvlm.train.arguments import CLIPModelArguments, CLIPTrainingArguments, PairDataArguments, parse_stage
+from med3dvlm.model.fused.choice import set_fused
+from med3dvlm.processing import load_preprocess, load_tokenizer, save_preprocess
+from med3dvlm.train.arguments import (
+    CLIPModelArguments,
+    CLIPTrainingArguments,
+    FlagError,
+    PairDataArguments,
+    checked_flags,
+    parse_stage,
+    run,
+)
+from med3dvlm.train.data import choose_augmentation, open_images, preparation_of, tell_about_preparation
 from med3dvlm.train.trainer import StageTrainer, log_to_console
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -74,32 +84,45 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the stage; returns its metrics (`train_loss`, `train_runtime` in seconds, `bad_samples`, ...).
 
     Raises:
-        ValueError: flags that contradict each other.
+        FlagError: flags that contradict each other. ManifestError, VolumeError, SampleError, CheckpointError: data or
+            a model that cannot be used.
     """
     classes = (CLIPModelArguments, PairDataArguments, CLIPTrainingArguments)
     model_args, data_args, training_args = parse_stage("clip", classes, argv, __doc__)
     log_to_console()
     if data_args.max_bad_samples and training_args.world_size > 1:
-        raise ValueError("--max_bad_samples needs a single process here: all ranks must bring equal batches")
+        raise FlagError("--max_bad_samples needs a single process here: all ranks must bring equal batches")
     if is_deepspeed_zero3_enabled():
-        raise ValueError("ZeRO-3 can't spread the single numbers t_prime and bias; here use scripts/zero2.json")
+        raise FlagError("ZeRO-3 can't spread the single numbers t_prime and bias; here use scripts/zero2.json")
     set_seed(training_args.seed)
 
-    tokenizer = load_tokenizer(model_args.pretrained_model or model_args.language_model_name_or_path)
-    model = build_model(model_args)
-    preprocess = PreprocessConfig("published", model_args.volume_size)
+    records = read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train", data_args.check_files)
+    preprocess, profile = preparation_of(records, data_args)
+    start = model_args.pretrained_model or model_args.language_model_name_or_path
+    with checked_flags(f"a dual encoder from {start}"):
+        tokenizer = load_tokenizer(start)
+        model = build_model(model_args)
+        preprocess = replace(preprocess, size=model_args.volume_size)
+        if model_args.pretrained_model:  # it goes on seeing what it has seen
+            preprocess, known = load_preprocess(model_args.pretrained_model, model.config)
+            profile = profile if profile.cases else known
+    set_fused(model, model_args.fused_encoder)
+    tell_about_preparation(records, preprocess)
+    augmentation = choose_augmentation(data_args.augment, records)
     dataset = PairDataset(
-        read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train", data_args.check_files),
+        records,
         tokenizer,
         data_args.max_length,
         preprocess,
         shuffled=True,
+        images=open_images(records, preprocess, data_args, training_args.disable_tqdm),
         seed=training_args.seed,
-        augmented=data_args.augment,
+        augmented=augmentation != "none",
         max_bad_samples=data_args.max_bad_samples,
     )
-    logger.info("%d image-report pairs; preprocessing: %s", len(dataset), preprocess)
-    trainer = ContrastiveTrainer(model, training_args, dataset, partial(collate_pairs, tokenizer=tokenizer))
+    logger.info("%d image-report pairs", len(dataset))
+    collate = partial(collate_pairs, tokenizer=tokenizer)
+    trainer = ContrastiveTrainer(model, training_args, dataset, collate, augmentation)
     metrics = trainer.run()
 
     output = Path(training_args.output_dir)
@@ -108,8 +131,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     save_vision_encoder(model, output / "pretrained_ViT.bin")
     if training_args.should_save:
         tokenizer.save_pretrained(output)
+        save_preprocess(output, preprocess, profile)
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

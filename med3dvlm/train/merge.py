@@ -21,6 +21,7 @@ from med3dvlm.model.identity import check_identity, read_identity
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError
 from med3dvlm.processing import VLMProcessor
+from med3dvlm.train.arguments import run
 
 
 def load_unmerged(folder: str | Path):
@@ -70,4 +71,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

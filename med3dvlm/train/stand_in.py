@@ -34,7 +34,7 @@ from med3dvlm.data.collate import collate_vlm
 from med3dvlm.data.manifest import read_caption_manifest, read_vqa_csv
 from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_answer, closed_question
 from med3dvlm.model.packing import packed_attention_mask
-from med3dvlm.train.arguments import DataArguments, StageTrainingArguments, arg, parse_stage
+from med3dvlm.train.arguments import DataArguments, StageTrainingArguments, arg, parse_stage, run
 from med3dvlm.train.trainer import log_to_console
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -287,4 +287,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

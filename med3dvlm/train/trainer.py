@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from med3dvlm.data.augment import to_unit
 from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
 from med3dvlm.train.arguments import COMPLETE, StageTrainingArguments, complete_checkpoints
 
@@ -91,12 +92,23 @@ class StageTrainer(Trainer):
 
     Args:
         train_dataset: has `set_epoch`, `bad_samples` and, where batches of like lengths pay, `lengths` and `epoch`.
+        augmentation: of images whose batch has image_seeds, a name in `med3dvlm.data.augment.AUGMENTATIONS`.
     """
 
-    def __init__(self, model: nn.Module, args: StageTrainingArguments, train_dataset, data_collator):
+    def __init__(
+        self, model: nn.Module, args: StageTrainingArguments, train_dataset, data_collator, augmentation: str = "none"
+    ):
         callbacks = [CheckpointCallback(train_dataset, args.save_total_limit)]
         args.save_total_limit = None  # the Trainer would remove the old checkpoint before the new one is complete
         super().__init__(model, args, data_collator, train_dataset, callbacks=callbacks)
+        self.augmentation = augmentation
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """Images come as bytes and become float32 (augmented where asked) on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        seeds = inputs.pop("image_seeds", None)
+        inputs["images"] = to_unit(inputs["images"], seeds=seeds, augmentation=self.augmentation)
+        return inputs
 
     def _get_train_sampler(self, train_dataset=None):
         if not hasattr(self.train_dataset, "lengths"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,13 +29,23 @@ from med3dvlm.configuration import VLMConfig
 from med3dvlm.data.collate import collate_vlm
 from med3dvlm.data.datasets import CaptionDataset, GroupedQADataset, VQADataset
 from med3dvlm.data.manifest import read_caption_manifest, read_vqa_csv
-from med3dvlm.data.preprocess import PreprocessConfig
+from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.model.checkpoint import load_projector, load_vision_encoder, save_lora, save_projector
 from med3dvlm.model.encoder import build_vision_encoder
+from med3dvlm.model.fused.choice import set_fused
 from med3dvlm.model.identity import base_identity, write_identity
 from med3dvlm.model.vlm import VLMForCausalLM, lora_target_modules
 from med3dvlm.processing import VLMProcessor, load_tokenizer
-from med3dvlm.train.arguments import QADataArguments, VLMModelArguments, VLMTrainingArguments, parse_stage
+from med3dvlm.train.arguments import (
+    FlagError,
+    QADataArguments,
+    VLMModelArguments,
+    VLMTrainingArguments,
+    checked_flags,
+    parse_stage,
+    run,
+)
+from med3dvlm.train.data import choose_augmentation, open_images, preparation_of, tell_about_preparation
 from med3dvlm.train.trainer import MixedDataset, TrainedOnlyTrainer, log_to_console, whole_models
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -54,16 +65,19 @@ def vision_config(args: VLMModelArguments) -> dict:
     return values | {"low_input_size": low, "high_input_size": high, "mm_hidden_size": encoder.channels[top]}
 
 
-def build_model(args: VLMModelArguments, stage: str) -> tuple[VLMForCausalLM, VLMProcessor]:
+def build_model(
+    args: VLMModelArguments, stage: str, preprocess: PreprocessConfig
+) -> tuple[VLMForCausalLM, VLMProcessor]:
     """The model of a stage with the hand-over files of the stages before it, and its processor.
 
+    preprocess: that of the data, which a new model takes over; one that is trained further keeps its own.
     Weights are float32, as published: what trains in bfloat16 alone loses small updates. Arithmetic is the Trainer's.
     """
     if AutoConfig.from_pretrained(args.model_name_or_path).model_type == VLMConfig.model_type:
         model = VLMForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         processor = VLMProcessor.from_pretrained(args.model_name_or_path, config=model.config)
     else:
-        preprocess = PreprocessConfig("published", args.volume_size)
+        preprocess = replace(preprocess, size=args.volume_size)
         processor = VLMProcessor(load_tokenizer(args.model_name_or_path), 0, preprocess)
         overrides = vision_config(args) | {
             "vocab_size": len(processor.tokenizer),
@@ -78,28 +92,26 @@ def build_model(args: VLMModelArguments, stage: str) -> tuple[VLMForCausalLM, VL
     return model, processor
 
 
-def build_dataset(data_args: QADataArguments, training_args: VLMTrainingArguments, processor: VLMProcessor):
-    """Reports, closed and open questions; in the LoRA stage yes/no questions as well (as published)."""
-    options = {
-        "seed": training_args.seed,
-        "augmented": data_args.augment,
-        "max_bad_samples": data_args.max_bad_samples,
-    }
-    length = training_args.model_max_length
+def read_records(data_args: QADataArguments, yes_no: bool) -> dict[str, list]:
+    """The training rows by what becomes of them: "caption", "closed", "open" and, where asked for, "yes_no"."""
     root, check = data_args.data_root, data_args.check_files
     captions = read_caption_manifest(data_args.cap_data_path, root, "train", check)
     questions = read_vqa_csv(data_args.vqa_data_train_path, root, check)
+    records = {"caption": captions, "closed": questions, "open": questions}
+    if yes_no:
+        records["yes_no"] = read_vqa_csv(data_args.vqa_yn_data_train_path, root, check)
+    return records
+
+
+def build_dataset(records: dict[str, list], processor: VLMProcessor, max_length: int, per_image: int, **options):
+    """The data sets of `read_records` one after the other, or grouped by image where `per_image` is above 1."""
     datasets = [
-        CaptionDataset(captions, processor, length, **options),
-        VQADataset(questions, processor, length, kind="closed", **options),
-        VQADataset(questions, processor, length, kind="open", **options),
+        CaptionDataset(rows, processor, max_length, **options)
+        if kind == "caption"
+        else VQADataset(rows, processor, max_length, kind=kind, **options)
+        for kind, rows in records.items()
     ]
-    if training_args.lora_enable:
-        yes_no = read_vqa_csv(data_args.vqa_yn_data_train_path, root, check)
-        datasets.append(VQADataset(yes_no, processor, length, kind="yes_no", **options))
-    if data_args.questions_per_image > 1:
-        return GroupedQADataset(datasets, length, data_args.questions_per_image, **options)
-    return MixedDataset(datasets)
+    return GroupedQADataset(datasets, max_length, per_image, **options) if per_image > 1 else MixedDataset(datasets)
 
 
 def add_adapters(model: VLMForCausalLM, args: VLMTrainingArguments):
@@ -121,26 +133,43 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the stage; returns its metrics (`train_loss`, `train_runtime` in seconds, `bad_samples`, ...).
 
     Raises:
-        ValueError: neither stage is asked for.
+        FlagError: neither stage is asked for, or flags contradict each other. ManifestError, VolumeError, SampleError,
+            CheckpointError: data or a model that cannot be used.
     """
     classes = (VLMModelArguments, QADataArguments, VLMTrainingArguments)
     model_args, data_args, training_args = parse_stage("vlm", classes, argv, __doc__)
     stage = "lora" if training_args.lora_enable else "projector"
     if stage == "projector" and not model_args.tune_mm_mlp_adapter:
-        raise ValueError("say what trains: --tune_mm_mlp_adapter True (projector) or --lora_enable True (LoRA)")
+        raise FlagError("say what trains: --tune_mm_mlp_adapter True (projector) or --lora_enable True (LoRA)")
     log_to_console()
     set_seed(training_args.seed)
 
-    with whole_models(training_args):
-        model, processor = build_model(model_args, stage)
+    records = read_records(data_args, yes_no=stage == "lora")
+    rows = [record for kind in records.values() for record in kind]
+    preprocess, profile = preparation_of(rows, data_args)
+    with whole_models(training_args), checked_flags(f"a model from {model_args.model_name_or_path}"):
+        model, processor = build_model(model_args, stage, preprocess)
+    processor.training_data = profile if profile.cases else processor.training_data
     identity = base_identity(model, model_args.model_name_or_path)
-    dataset = build_dataset(data_args, training_args, processor)
-    logger.info("%d samples; preprocessing: %s", len(dataset), processor.preprocess)
+    set_fused(model, model_args.fused_encoder)
+    tell_about_preparation(rows, processor.preprocess)
+    augmentation = choose_augmentation(data_args.augment, rows)
+    dataset = build_dataset(
+        records,
+        processor,
+        training_args.model_max_length,
+        data_args.questions_per_image,
+        images=open_images(rows, processor.preprocess, data_args, training_args.disable_tqdm),
+        seed=training_args.seed,
+        augmented=augmentation != "none",
+        max_bad_samples=data_args.max_bad_samples,
+    )
+    logger.info("%d samples", len(dataset))
     trained = add_adapters(model, training_args) if stage == "lora" else model
     model.config.use_cache = False
     model.freeze(stage)
     collate = partial(collate_vlm, pad_token_id=processor.tokenizer.pad_token_id)
-    trainer = TrainedOnlyTrainer(trained, training_args, dataset, collate)
+    trainer = TrainedOnlyTrainer(trained, training_args, dataset, collate, augmentation)
     metrics = trainer.run()
 
     output = Path(training_args.output_dir)
@@ -160,4 +189,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,7 +32,7 @@ def test_defaults_are_the_published_recipe(stage):
     assert found == RECIPE[stage]
     assert training.lr_scheduler_type == "cosine" and training.get_warmup_steps(1000) == 30
     assert (model.vision_variant, model.input_size, model.volume_size) == ("small", [256, 256, 128], (128, 256, 256))
-    assert not data.augment and data.max_bad_samples == 0 and training.max_steps == -1
+    assert (data.augment, data.image_cache) == ("none", None) and data.max_bad_samples == 0 and training.max_steps == -1
     if stage == "clip":
         assert (model.loss_type, model.language_model_name_or_path) == ("sigmoid", "medicalai/ClinicalBERT")
         assert (model.t_prime, model.bias) == (math.log(10), -10)

@@ -43,7 +43,8 @@ def handed_over(stages, tmp_path_factory):
 
 @pytest.mark.parametrize("precision", [[], BF16], ids=["fp32", "bf16"])
 def test_contrastive_stage(stages, tmp_path, precision):
-    flags = stages.clip_flags(tmp_path, *STEPS, "--per_device_train_batch_size", 2, *precision)
+    flags = stages.clip_flags(tmp_path, *STEPS, "--per_device_train_batch_size", 2, *precision,
+                              "--image_cache", tmp_path / "cache", "--augment", "intensity")  # fmt: skip
     launch("train_clip", flags, tmp_path)
     assert len(losses(tmp_path)) == 3 and all(map(math.isfinite, losses(tmp_path)))
     model = load_clip(tmp_path, device="cpu").model

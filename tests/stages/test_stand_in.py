@@ -139,13 +139,13 @@ def test_what_it_writes_carries_the_other_stages(stages, flags, tmp_path, monkey
 
 def test_it_never_looks_at_an_image(flags, tmp_path, monkeypatch):
     """The stand-in reads no volume, so nothing about images can leak into what later stages start from."""
-    from med3dvlm.data import datasets, volume
+    from med3dvlm.data import codes, volume
 
     def looked(*args, **kwargs):
         raise AssertionError("read a volume")
 
-    for module in (datasets, volume):
-        monkeypatch.setattr(module, "load_volume", looked)
+    for module, name in ((codes, "load_volume"), (codes, "read_codes"), (volume, "load_volume")):
+        monkeypatch.setattr(module, name, looked)
     monkeypatch.setattr(stand_in, "REQUIRED_LETTER_ACCURACY", 0.0)
     stand_in.main([*flags, "--output_dir", str(tmp_path), "--max_steps", "1"])
     assert (tmp_path / "language_model" / "config.json").is_file()

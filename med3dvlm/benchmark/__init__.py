@@ -1,0 +1,1 @@
+"""Our fast paths timed against the plain formulations, in one run: `sh scripts/benchmark.sh data|encoder`."""
