@@ -8,6 +8,7 @@ out. Paths are relative to the data root. Cells are text: "None" is an answer li
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,7 +178,8 @@ def _one_line(text: str) -> str:
 def rename_manifest(path) -> int:
     """Let the image paths of a manifest (`.csv` or `.json`) end in `.nii.gz` instead of `.npy`.
 
-    Only paths are changed, no other text; the file is replaced atomically, and a second run changes nothing.
+    Only paths are changed, no other text; the file is replaced atomically, and a second run changes nothing. The file
+    as it was before the first change is kept beside it, as `<name>.bak`.
     Returns the number of changed paths. Raises ManifestError where the file is no manifest.
     """
     path = Path(path)
@@ -186,6 +188,31 @@ def rename_manifest(path) -> int:
     if path.suffix.lower() == ".json":
         return _rename_json(path)
     raise ManifestError(f"{path}: expected a .csv or .json manifest")
+
+
+def image_paths(path) -> list[str]:
+    """The image path of every row of a manifest (`.csv` or `.json`), as it stands there.
+
+    Raises ManifestError where the file is no manifest.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        data = _read_json(path)
+        lists = data.values() if isinstance(data, dict) else ()
+        entries = [entry for entries in lists if isinstance(entries, list) for entry in entries]
+        return [entry["image"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return [row[PATH_COLUMN] for row in csv.DictReader(file) if row.get(PATH_COLUMN)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{path}: cannot be read ({error})") from error
+
+
+def _keep_backup(path: Path) -> None:
+    backup = path.with_name(f"{path.name}.bak")
+    if not backup.exists():
+        with atomic_path(backup) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def _renamed(image: str) -> str:
@@ -204,6 +231,7 @@ def _rename_csv(path: Path) -> int:
             column = names.index(PATH_COLUMN)
             changed = sum(len(cells) > column and cells[column] != _renamed(cells[column]) for cells in reader)
             if changed:  # otherwise the file stays as it is, to the byte
+                _keep_backup(path)
                 source.seek(0)
                 with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as target:
                     writer = csv.writer(target, lineterminator="\r\n" if first.endswith("\r\n") else "\n")
@@ -227,6 +255,7 @@ def _rename_json(path: Path) -> int:
                 entry["image"] = _renamed(image)
                 changed += 1
     if changed:
+        _keep_backup(path)
         write_bytes(path, json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8"))
     return changed
 

@@ -1,257 +1,228 @@
-"""Prepare a raw M3D tree: slice folders become small NIfTI volumes, reports become clean texts.
+"""Prepare a data set: volumes of any form become small NIfTI files, reports become texts, and both get a manifest.
 
-`<input>/<ct_case|ct_quizze>/<id>/<series>/<n>.png` and `.../<id>/text.txt` become
-`<output>/<ct_case|ct_quizze>/<id>/<series>.nii.gz` and `.../<id>/text.txt`. What is finished, and newer than its
-source, is not done again, and an interruption leaves no partial file.
+    python -m med3dvlm.data.prepare --input_dir IN --output_dir OUT --dtype uint8
+
+The input is recognised: a raw M3D tree, CT-RATE, AMOS-MM, a list of volumes (CSV, JSONL), or a tree of any volumes,
+such as a hospital's export of DICOM. `OUT/<case>/<series>.nii.gz` and `OUT/<case>/text.txt` are written,
+`OUT/M3D_Cap.json` in the published layout, `OUT/M3D_VQA_*.csv` where the input has questions, and
+`OUT/preparation.json`, which says how it was done. What is finished, made with the same options and newer than its
+source is not done again; every volume is entered in `OUT/ledger.jsonl`. The run may be ended at any moment, however
+hard, and started again.
 """
 
 import argparse
-import gzip
 import os
-import struct
 import sys
-import unicodedata
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from med3dvlm.data.files import write_bytes
-from med3dvlm.data.manifest import clean_report_text
-from med3dvlm.data.volume import VolumeError, load_volume, write_prepared
+from med3dvlm.data.download import download
+from med3dvlm.data.finished import is_finished, remove_leftovers
+from med3dvlm.data.ledger import DONE, FAILED, SKIPPED, Entry, Ledger, LedgerError, ledger_name, locked, read_ledgers
+from med3dvlm.data.outputs import write_mapping, write_outputs
+from med3dvlm.data.prepare_arguments import parse_arguments
+from med3dvlm.data.sources import Collection, SourceError, SourceOptions, collect
+from med3dvlm.data.volume import reading_options
+from med3dvlm.data.work import DISK_FULL, CaseWorker, DiskFull, Options, Started, Task, find_items
+from med3dvlm.data.workers import Death, run_tasks
 
-SPLIT_FOLDERS = ("ct_case", "ct_quizze")
-DEFAULT_INPUTS = ("data/M3D-Cap", "data/M3D_Cap")
-DEFAULT_OUTPUT = "data/M3D_Cap_npy"
-MANIFEST = "M3D_Cap.json"
-NIFTI_DTYPES = {"float32": 16, "uint8": 2}  # codes of the NIfTI-1 standard
-
-
-@dataclass(frozen=True)
-class PrepareJob:
-    """One case: where it lies, where its results go, and their form."""
-
-    source: Path
-    target: Path
-    size: tuple[int, int, int]
-    dtype: str
+SHOWN = 20  # failures in the summary; the ledger has them all
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 
 
-@dataclass
-class PrepareReport:
-    """What was done: volumes written, volumes that were finished before, and `file: reason` for notes and errors."""
+class Summary:
+    """Counts what became of the volumes, and keeps the reasons of failures for the end."""
 
-    written: int = 0
-    finished: int = 0
-    notes: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+    def __init__(self):
+        self.counts = Counter()
+        self.bytes = 0
+        self.failures: list[str] = []
+        self.notes: list[str] = []
 
-    def add(self, other: "PrepareReport") -> None:
-        self.written += other.written
-        self.finished += other.finished
-        self.notes += other.notes
-        self.errors += other.errors
+    def add(self, entry: Entry) -> None:
+        if entry.status == FAILED:
+            self.failures.append(f"{entry.source}: {entry.reason}")
+        elif entry.status == SKIPPED and not entry.volume:
+            self.notes.append(f"{entry.source}: {entry.reason}")
+        else:
+            self.counts[entry.status] += 1
+            self.bytes += entry.bytes
+        self.notes += [f"{entry.source}: {note}" for note in entry.notes]
 
 
-def fold_name(name: str) -> str:
-    """A series name in ASCII, accents dropped, as the published preparation names its files."""
-    return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+class _Queue:
+    """An iterator over tasks, to which others can be added while it is used."""
+
+    def __init__(self, tasks: Iterator[Task]):
+        self.tasks = tasks
+        self.again: deque[Task] = deque()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Task:
+        return self.again.popleft() if self.again else next(self.tasks)
 
 
-def prepare_dataset(input_dir, output_dir, size=(128, 256, 256), dtype="float32", num_workers=None) -> PrepareReport:
-    """Prepare every case below `input_dir`, several at a time.
+def prepare(cases: list, options: Options, workers: int, ledger: Ledger, summary: Summary) -> str:
+    """Prepare cases and enter every volume into the ledger. Returns why the run ended early, or "".
 
-    size: (D, H, W) of the results. dtype: "float32" or "uint8" (a quarter of the size, steps of 1/255).
-    num_workers: processes; all CPU cores where None, this process alone where 1.
-    Raises FileNotFoundError where `input_dir` holds no case; an unreadable series goes to the report's errors instead.
+    workers: processes; this one alone where 1.
     """
-    jobs = [
-        PrepareJob(case, Path(output_dir) / case.parent.name / case.name, tuple(size), dtype)
-        for case in find_cases(input_dir)
+    queue = _Queue(Task(case, stale) for case, stale in _with_stale(cases, options))
+    running: dict[str, list[Started]] = {}  # case in work -> its volumes so far
+    messages = run_tasks(partial(CaseWorker, options), queue, min(workers, max(1, len(cases))))
+    progress = tqdm(total=len(cases), desc="preparing", unit="case", smoothing=0.05)
+    with progress, closing(messages):
+        for task, message in messages:
+            folder = task.case.folder
+            if isinstance(message, Started):
+                running.setdefault(folder, []).append(message)
+            elif isinstance(message, Entry):
+                ledger.add(message)
+                summary.add(message)
+            elif isinstance(message, DiskFull):
+                return f"the disk of {options.output} is full ({message.reason}): make room and start again"
+            elif isinstance(message, Death):
+                started = running.pop(folder, [])
+                victim = started[-1] if started else Started("", folder)
+                entry = Entry(folder, victim.volume, victim.source, FAILED, message.cause)
+                ledger.add(entry)
+                summary.add(entry)
+                if started:  # the rest of the case is tried without what killed the worker
+                    queue.again.append(replace(task, handled=task.handled | {one.volume for one in started}))
+                else:
+                    progress.update()
+            else:  # Finished
+                running.pop(folder, None)
+                progress.update()
+            if summary.failures:
+                progress.set_postfix(failed=len(summary.failures), refresh=False)
+    return ""
+
+
+def _with_stale(cases: list, options: Options) -> Iterator[tuple]:
+    """Each case with its results that the ledger knows to be made with other options."""
+    stale: dict[str, set[str]] = {}
+    for volume, line in read_ledgers(options.output).items():
+        if line.get("options", options.digest) != options.digest:
+            stale.setdefault(line["case"], set()).add(volume)
+    return ((case, frozenset(stale.get(case.folder, ()))) for case in cases)
+
+
+def chosen(collection: Collection, shard: tuple[int, int] | None, limit: int | None) -> list:
+    """The cases of this run: every n-th for a shard, and of those the first `limit`."""
+    cases = collection.cases
+    if shard is not None:
+        index, count = shard
+        cases = cases[index % count :: count]
+    return cases[:limit]
+
+
+def describe(collection: Collection, cases: list, options: Options) -> str:
+    """What a run would do."""
+    counts = Counter()
+    for case in cases:
+        counts["reports"] += case.text is not None or (case.text_file is not None and case.text_file.is_file())
+        for item, problem in find_items(case):
+            if problem:
+                counts["failing"] += 1
+            elif item.dicom:
+                counts["series of DICOM or archives, which are opened when it is their turn"] += 1
+            else:
+                target = options.output / case.folder / f"{item.name}.nii.gz"
+                counts[
+                    "finished" if is_finished(target, [item.path], options.config, options.dtype) else "to prepare"
+                ] += 1
+    volumes = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "reports") or "none"
+    splits = Counter(case.split for case in cases if case.split)
+    lines = [
+        f"input    {collection.root}: {collection.kind}",
+        f"cases    {len(cases)} of {len(collection.cases)}, {counts['reports']} with a report",
+        f"volumes  {volumes}",
+        f"splits   {', '.join(f'{n} {split}' for split, n in splits.items()) or 'drawn by patient or case'}",
+        f"output   {options.output}: {options.config}, {options.dtype}",
     ]
-    workers = min(num_workers or os.cpu_count() or 1, len(jobs))
-    report = PrepareReport()
-    progress = tqdm(total=len(jobs), desc="preparing", unit="case")
-    with progress:
-        for result in _run(jobs, workers):
-            report.add(result)
-            progress.update()
-    return report
-
-
-def _run(jobs: list[PrepareJob], workers: int):
-    if workers == 1:
-        yield from map(prepare_case, jobs)
-        return
-    # Fresh processes: a fork of a process that already runs threads may hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(prepare_case, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the cases run in parallel already
-
-
-def raw_root(input_dir) -> Path:
-    """The folder that holds `ct_case` and `ct_quizze`: the data set's repository has it one level down."""
-    root = Path(input_dir)
-    nested = not any((root / name).is_dir() for name in SPLIT_FOLDERS) and (root / "M3D_Cap").is_dir()
-    return root / "M3D_Cap" if nested else root
-
-
-def copy_manifest(input_dir, output_dir) -> None:
-    """Bring `M3D_Cap.json` along where there is one. A copy that is newer than it (renamed since, say) stays."""
-    target = Path(output_dir) / MANIFEST
-    found = [path for path in (raw_root(input_dir) / MANIFEST, Path(input_dir) / MANIFEST) if path.is_file()]
-    if found and not is_newer(target, found[0]):
-        write_bytes(target, found[0].read_bytes())
-
-
-def find_cases(input_dir) -> list[Path]:
-    """The case folders of a raw tree, in order. Raises FileNotFoundError where there are none."""
-    root = raw_root(input_dir)
-    splits = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
-    cases = [case for split in splits for case in sorted(split.iterdir()) if case.is_dir()]
-    if not cases:
-        raise FileNotFoundError(
-            f"{input_dir} holds no case: expected {' or '.join(SPLIT_FOLDERS)}, with one folder a case in it "
-            "(unpack archives first)"
-        )
-    return cases
-
-
-def prepare_case(job: PrepareJob) -> PrepareReport:
-    """Prepare the text and every series of one case."""
-    report = PrepareReport()
-    text = job.source / "text.txt"
-    if text.is_file():
-        try:
-            cleaned = clean_report_text(text.read_text(encoding="utf-8")).encode("utf-8")
-            target = job.target / "text.txt"
-            if not target.is_file() or target.read_bytes() != cleaned:
-                write_bytes(target, cleaned)
-        except UnicodeDecodeError as error:
-            report.errors.append(f"{text}: not UTF-8 text ({error})")
-    else:
-        report.notes.append(f"{text}: missing, the case has no report")
-
-    names: dict[str, str] = {}
-    for series in sorted(folder for folder in job.source.iterdir() if folder.is_dir()):
-        name = fold_name(series.name)
-        if not name or name in names:
-            clash = f"{name!r}, as that of {names[name]!r}" if name else "empty"
-            report.errors.append(f"{series}: its name in ASCII is {clash}; rename the folder")
-            continue
-        names[name] = series.name
-        target = job.target / f"{name}.nii.gz"
-        if is_finished(target, series, job.size, job.dtype):
-            report.finished += 1
-            continue
-        try:
-            _prepare_series(series, target, job)
-            report.written += 1
-        except VolumeError as error:
-            report.errors.append(str(error))
-    return report
-
-
-def _prepare_series(series: Path, target: Path, job: PrepareJob) -> None:
-    from med3dvlm.data.preprocess import preprocess  # brings torch, which only the working processes need
-
-    image = preprocess(load_volume(series), preset="published", size=job.size)  # [1, D, H, W]
-    write_prepared(target, image[0].numpy(), job.dtype)
-
-
-def is_newer(target: Path, *sources: Path) -> bool:
-    """Whether `target` is there, and none of the sources has been changed after it."""
-    return target.is_file() and max(path.stat().st_mtime_ns for path in sources) <= target.stat().st_mtime_ns
-
-
-def is_finished(path: Path, series: Path, size, dtype: str) -> bool:
-    """Whether `path` is a prepared volume of this size and kind, made after the last change of its series.
-
-    Only its header is read: writing is atomic.
-    """
-    if not is_newer(path, series, *series.iterdir()):
-        return False
-    try:
-        with gzip.open(path) as file:
-            header = file.read(80)
-    except (OSError, EOFError):
-        return False  # not ours, or damaged: it is written anew
-    if len(header) < 80:
-        return False
-    dims = struct.unpack_from("<4h", header, 40)  # number of axes, then i, j, k
-    code = struct.unpack_from("<h", header, 70)[0]
-    return dims == (3, *reversed(size)) and code == NIFTI_DTYPES[dtype]
-
-
-def download(repo_id: str, folder) -> None:
-    """Fetch a data set repository into `folder`. Raises SystemExit that says what to do where it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        snapshot_download(repo_id, repo_type="dataset", local_dir=folder)
-    except GatedRepoError as error:
-        raise SystemExit(
-            f"{repo_id} is gated: accept its terms on its page, run `hf auth login`, and start again"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SystemExit(
-            f"{repo_id} is not there, or not visible to you. M3D-Cap has been withdrawn from its original host; the "
-            f"README names other ways in. Data that you have already: put them under {folder} and leave --download out."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise SystemExit(
-            f"{repo_id} could not be fetched ({type(error).__name__}: {error}). Check the connection (or HF_ENDPOINT), "
-            "then start again: what has arrived is kept."
-        ) from error
-
-
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prepare a raw M3D-Cap tree: slice folders to NIfTI, reports to text.")
-    inputs = f"raw tree with {' and/or '.join(SPLIT_FOLDERS)} (default: {' or '.join(DEFAULT_INPUTS)})"
-    parser.add_argument("--input_dir", help=inputs)
-    parser.add_argument("--output_dir", default=DEFAULT_OUTPUT, help="the prepared tree (default: %(default)s)")
-    size = "size of the prepared volumes (default: 128 256 256)"
-    parser.add_argument("--size", type=int, nargs=3, default=(128, 256, 256), metavar=("D", "H", "W"), help=size)
-    dtype = "stored type (default: %(default)s); uint8 takes a quarter of the space"
-    parser.add_argument("--dtype", choices=sorted(NIFTI_DTYPES), default="float32", help=dtype)
-    parser.add_argument("--num_workers", type=int, help="processes (default: all CPU cores)")
-    parser.add_argument("--download", metavar="REPO_ID", help="fetch this data set repository into --input_dir first")
-    arguments = parser.parse_args(argv)
-    if arguments.input_dir is None:
-        arguments.input_dir = next((d for d in DEFAULT_INPUTS if Path(d).is_dir()), DEFAULT_INPUTS[0])
-    if min(arguments.size) < 1:
-        parser.error(f"--size takes three positive numbers, not {arguments.size}")
-    return arguments
+    questions = sum(map(len, collection.questions.values()))
+    lines += [f"asked    {questions} questions"] if questions else []
+    lines += [f"left out {file}: {reason}" for file, reason in collection.left_out[:SHOWN]]
+    lines += [f"note     {note}" for note in collection.notes]
+    return "\n".join(lines)
 
 
 def main(argv=None) -> int:
-    """The command line. Returns the exit code: 0 where everything was prepared, 1 where a file was not."""
+    """The command line. Returns the exit code: 0 where everything was prepared, 1 where something was not."""
     arguments = parse_arguments(argv)
     if arguments.download:
         download(arguments.download, arguments.input_dir)
     try:
-        report = prepare_dataset(
-            arguments.input_dir, arguments.output_dir, tuple(arguments.size), arguments.dtype, arguments.num_workers
-        )
-        copy_manifest(arguments.input_dir, arguments.output_dir)
-    except FileNotFoundError as error:
+        return _run(arguments)
+    except (SourceError, LedgerError) as error:
         print(error, file=sys.stderr)
-        return 1
-    if report.notes:
-        print(f"{len(report.notes)} notes, the first: {report.notes[0]}")
-    print(f"{report.written} volumes written, {report.finished} were finished before: {arguments.output_dir}")
-    if report.errors:
-        print(f"{len(report.errors)} could not be prepared:", *report.errors, sep="\n  ", file=sys.stderr)
-        return 1
-    return 0
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"the disk of {arguments.output_dir} is full: make room and start again", file=sys.stderr)
+    return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    root, output = Path(arguments.input_dir), Path(arguments.output_dir).resolve()
+    given = ("questions", "reports", "key_file", "hash_ids", "dry_run")
+    source = SourceOptions(columns=dict(arguments.columns), **{name: getattr(arguments, name) for name in given})
+    collection = collect(root, arguments.source, source)
+    options = Options(collection.root, output, arguments.config, arguments.dtype, reading_options(arguments))
+    cases = chosen(collection, arguments.shard, arguments.limit)
+    if arguments.dry_run:
+        print(describe(collection, cases, options))
+        return 0
+    summary, start, interrupted, ended = Summary(), time.monotonic(), False, ""
+    notes = list(collection.notes)
+    with Ledger(output / ledger_name(arguments.shard)) as ledger:
+        if arguments.shard is None:
+            remove_leftovers(output)
+        if arguments.mapping_file is not None:
+            write_mapping(collection, arguments.mapping_file)
+        if arguments.shard is None or arguments.shard[0] % arguments.shard[1] == 0:  # once for all shards
+            for file, reason in collection.left_out:
+                ledger.add(Entry("", "", file, SKIPPED, reason))
+        try:
+            ended = prepare(cases, options, arguments.num_workers or os.cpu_count() or 1, ledger, summary)
+        except KeyboardInterrupt:
+            interrupted = True
+        if not ended and not interrupted:
+            with locked(output):  # the last of several shards sees the lines of all
+                notes += write_outputs(collection, options, tuple(arguments.split))
+    notes += [f"{len(collection.left_out)} files left out, with the reasons in the ledger"] * bool(collection.left_out)
+    report(summary, notes, output, time.monotonic() - start)
+    if interrupted:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    if ended:
+        print(ended, file=sys.stderr)
+    return 1 if ended or summary.failures else 0
+
+
+def report(summary: Summary, notes: list[str], output: Path, seconds: float) -> None:
+    """Print what a run did; failures go to stderr. notes: about the data set; the summary has those about volumes."""
+    if summary.notes:
+        print(f"{len(summary.notes)} notes about cases, the first: {summary.notes[0]}")
+    for note in notes:
+        print(f"note: {note}")
+    written, finished = summary.counts[DONE], summary.counts[SKIPPED]
+    size = f"{summary.bytes / 1e6:.1f} MB" if summary.bytes < 1e10 else f"{summary.bytes / 1e9:.1f} GB"
+    print(f"{written} volumes written, {finished} were finished before, {size}, {seconds:.0f} s: {output}")
+    if summary.failures:
+        more = len(summary.failures) - SHOWN
+        shown = summary.failures[:SHOWN] + ([f"and {more} more, in the ledger"] if more > 0 else [])
+        print(f"{len(summary.failures)} could not be prepared:", *shown, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -139,3 +139,18 @@ def test_interrupted_rename_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ManifestError, match="no space left"):
         rename_manifest(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["q.csv"]
+
+
+def test_rename_keeps_the_first_backup_and_says_what_points_to_nothing(tmp_path, capsys):
+    for name in ("x/a.nii.gz", "x/b.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    rows = [[f"x/{name}.npy", "", 1, "?", *"ABCD", "A", "A"] for name in ("a", "a", "b", "gone")]
+    path = write_table(tmp_path / "tables" / "M3D_VQA_train.csv", rows)
+    before, main = path.read_bytes(), rename_main()
+    assert main([str(path)]) == 0
+    assert "4 paths changed, 1 of 4 point to no file" in capsys.readouterr().out
+    assert path.with_name("M3D_VQA_train.csv.bak").read_bytes() == before
+    assert main(["--csv_path", str(path.parent), "--data_root", str(tmp_path / "elsewhere")]) == 0
+    assert "0 paths changed, 4 of 4 point to no file" in capsys.readouterr().out
+    assert path.with_name("M3D_VQA_train.csv.bak").read_bytes() == before

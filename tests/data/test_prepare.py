@@ -72,8 +72,8 @@ def test_tree_texts_and_folded_names(raw, tmp_path):
     assert run(raw, tmp_path / "out", (4, 6, 8), "--dtype", "uint8") == 0
     found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert found == [
-        "ct_case/000001/Axial_C.nii.gz", "ct_case/000001/Sagittal_A.nii.gz", "ct_case/000001/text.txt",
-        "ct_quizze/000002/Axial_C.nii.gz", "ct_quizze/000002/text.txt",
+        "M3D_Cap.json", "ct_case/000001/Axial_C.nii.gz", "ct_case/000001/Sagittal_A.nii.gz", "ct_case/000001/text.txt",
+        "ct_quizze/000002/Axial_C.nii.gz", "ct_quizze/000002/text.txt", "ledger.jsonl", "preparation.json",
     ]  # fmt: skip
     assert (tmp_path / "out/ct_case/000001/text.txt").read_text() == "A cyst in the liver."
     image = nib.load(tmp_path / "out/ct_case/000001/Axial_C.nii.gz")
@@ -83,14 +83,14 @@ def test_tree_texts_and_folded_names(raw, tmp_path):
 def test_two_processes_give_the_same_files(raw, tmp_path):
     assert run(raw, tmp_path / "one") == 0
     assert run(raw, tmp_path / "two", (4, 6, 8), "--num_workers", "2") == 0
-    for file in (tmp_path / "one").rglob("*.*"):
+    for file in (*(tmp_path / "one").rglob("*.nii.gz"), *(tmp_path / "one").rglob("*.txt")):
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
 
 
 def test_finished_volumes_are_kept_and_others_redone(raw, tmp_path, capsys):
     out = tmp_path / "out"
     run(raw, out)
-    first = {file: file.stat().st_mtime_ns for file in out.rglob("*.*")}
+    first = {file: file.stat().st_mtime_ns for file in (*out.rglob("*.nii.gz"), *out.rglob("*.txt"))}
     damaged = out / "ct_case/000001/Axial_C.nii.gz"
     damaged.write_bytes(b"not a volume")
     assert run(raw, out) == 0
@@ -132,9 +132,8 @@ def test_an_interrupted_write_leaves_nothing_to_accept(raw, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(raw, tmp_path / "out")
-    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+    assert run(raw, tmp_path / "out") == 130
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["ledger.jsonl"]
 
 
 def test_errors_by_file_name_and_the_rest_is_done(raw, tmp_path, capsys):
@@ -155,6 +154,14 @@ def test_case_without_a_report_is_noted(raw, tmp_path, capsys):
     (raw / "ct_case/000001/text.txt").unlink()
     assert run(raw, tmp_path / "out") == 0
     assert "000001/text.txt" in capsys.readouterr().out
+
+
+def test_a_case_without_a_series_is_entered(raw, tmp_path):
+    (raw / "ct_case/000009").mkdir()
+    (raw / "ct_case/000009/text.txt").write_text("study_findings: A finding without a scan.")
+    assert run(raw, tmp_path / "out") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/ledger.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines if line["case"] == "ct_case/000009"] == ["holds no series"]
 
 
 def test_no_case_is_an_error(tmp_path, capsys):

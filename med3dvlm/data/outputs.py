@@ -1,0 +1,127 @@
+"""What a preparation leaves besides volumes and texts: manifest, tables of questions, what was done, and to what."""
+
+import csv
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from med3dvlm.data.files import write_bytes
+from med3dvlm.data.ledger import FAILED, read_ledgers
+from med3dvlm.data.manifest import REQUIRED_COLUMNS
+from med3dvlm.data.profile import DataProfile, write_preparation
+from med3dvlm.data.sources.base import CHOICES, SPLITS, Case, Collection, Question, draw_split
+from med3dvlm.data.sources.m3d import MANIFEST
+from med3dvlm.data.volume import PREPARED_ERROR
+from med3dvlm.data.work import Options
+
+TABLE_NAMES = {"train": "train", "validation": "val", "test": "test"}
+COLUMNS = (*REQUIRED_COLUMNS[:3], *(f"Choice {letter}" for letter in CHOICES), *REQUIRED_COLUMNS[3:])
+VERSION = 1  # of what is said here in preparation.json
+ROUNDING = 1e-6  # of float32 arithmetic, in a range of 1
+
+
+def write_outputs(collection: Collection, options: Options, fractions: tuple[float, float, float]) -> list[str]:
+    """Write `M3D_Cap.json`, `M3D_VQA_*.csv` and `preparation.json` from what the ledgers say. Returns notes.
+
+    fractions: of the splits train, validation and test, for cases that come without.
+    """
+    done: dict[str, list[dict]] = defaultdict(list)
+    for volume, line in sorted(read_ledgers(options.output).items()):
+        if line["status"] != FAILED and (options.output / volume).is_file():
+            done[line["case"]].append(line)
+    splits = {case.folder: case.split or draw_split(case.group or case.folder, fractions) for case in collection.cases}
+    notes = []
+    if collection.manifest is not None:
+        _copy_manifest(collection.manifest, options.output / MANIFEST)
+    else:
+        notes += _write_manifest(collection.cases, done, splits, options.output)
+    notes += _write_questions(collection, done, splits, options.output)
+    lines = [line for case in collection.cases for line in done[case.folder]]
+    profile = DataProfile.from_summaries(line["summary"] for line in lines if line.get("summary"))
+    write_preparation(
+        options.output,
+        options.config,
+        profile,
+        version=VERSION,
+        source=collection.kind,
+        dtype=options.dtype,
+        max_abs_error=PREPARED_ERROR[options.dtype] + ROUNDING,
+        max_abs_error_meaning="largest difference from the float32 result, whose range is 0..1",
+        reading=options.changed_reading,
+        cases=sum(bool(done[case.folder]) for case in collection.cases),
+        volumes=len(lines),
+        bytes=sum(line.get("bytes", 0) for line in lines),
+        cases_by_split=dict(Counter(splits[case.folder] for case in collection.cases if done[case.folder])),
+        split_by="source" if all(case.split for case in collection.cases) else "hash of the patient or case",
+    )
+    return notes
+
+
+def _copy_manifest(source: Path, target: Path) -> None:
+    """Bring the manifest along. A copy that is newer than it (renamed since, say) stays."""
+    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        write_bytes(target, source.read_bytes())
+
+
+def _write_manifest(cases: list[Case], done: dict[str, list[dict]], splits: dict[str, str], output: Path) -> list[str]:
+    """One entry for every volume that has a report."""
+    manifest: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    without = 0
+    for case in cases:
+        text = f"{case.folder}/text.txt"
+        if not (output / text).is_file():
+            without += len(done[case.folder])
+            continue
+        manifest[splits[case.folder]] += [
+            {"image": f"{output.name}/{line['volume']}", "text": f"{output.name}/{text}"} for line in done[case.folder]
+        ]
+    _write_if_changed(output / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+    notes = [f"{without} volumes have no report, and are not in {MANIFEST}"] if without else []
+    empty = [split for split in SPLITS if not manifest[split]]
+    return notes + ([f"{MANIFEST} has nothing under {' and '.join(empty)}"] if empty else [])
+
+
+def _write_questions(
+    collection: Collection, done: dict[str, list[dict]], splits: dict[str, str], output: Path
+) -> list[str]:
+    """Questions with choices to M3D_VQA_<split>.csv, the others to M3D_VQA_open_<split>.csv."""
+    prepared = {line["volume"]: case for case, lines in done.items() for line in lines}
+    tables: dict[str, list[list[str]]] = defaultdict(list)
+    left_out = 0
+    for split, questions in collection.questions.items():
+        for question in questions:
+            volume = f"{question.image}.nii.gz"
+            if volume not in prepared:
+                left_out += 1
+                continue
+            name = TABLE_NAMES[split or splits[prepared[volume]]]
+            tables[f"M3D_VQA_{name}.csv" if question.choices else f"M3D_VQA_open_{name}.csv"].append(
+                _cells(question, f"{output.name}/{volume}")
+            )
+    for name, rows in sorted(tables.items()):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+        _write_if_changed(output / name, text.getvalue())
+    return [f"{left_out} questions are left out: their volume is not prepared"] if left_out else []
+
+
+def _cells(question: Question, image: str) -> list[str]:
+    choices = [choice or "NA" for choice in question.choices] or ["NA"] * len(CHOICES)
+    return [image, question.question_type, question.question, *choices, question.answer, question.answer_choice]
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    data = text.encode("utf-8")
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+
+
+def write_mapping(collection: Collection, path: Path) -> None:
+    """Which case stands for which files: a CSV that only this user can read. It belongs to the key, not to the data."""
+    with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "source"])
+        for case in collection.cases:
+            writer.writerows([case.folder, os.path.relpath(item.path, collection.root)] for item in case.items)

@@ -1,0 +1,174 @@
+"""What every form of input becomes: cases, each with its volumes and its report, and tables of questions."""
+
+import csv
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "tr": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "va": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "ts": "test",
+}  # fmt: skip
+CHOICES = ("A", "B", "C", "D")
+
+
+class SourceError(ValueError):
+    """An input that cannot be understood; the message says what was looked for, what was found and where."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One volume, or one series of DICOM, or a zip, in which there may be several volumes.
+
+    path: file or folder. name: of the prepared file, without ending. dicom: what it holds is found when it is opened.
+    files: of the series. rescale: (slope, intercept) from stored values to HU, where the file itself lacks them.
+    """
+
+    path: Path
+    name: str
+    dicom: bool = False
+    files: tuple[Path, ...] = ()
+    rescale: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What shares a folder of the output and a report.
+
+    folder: below the output. items: its volumes; those of a `raw` M3D folder are found when it is opened.
+    text: the report. text_file: a report as downloaded, to be cleaned by the published rule.
+    group: what must not be divided between splits, for example the patient. split: that of the source; "" for none.
+    hidden: paths may name the patient: ledger and messages name the case instead.
+    """
+
+    folder: str
+    items: tuple[Item, ...] = ()
+    raw: Path | None = None
+    text: str | None = None
+    text_file: Path | None = None
+    group: str = ""
+    split: str = ""
+    hidden: bool = False
+
+
+@dataclass
+class Question:
+    """One row of an M3D-VQA table, about the volume `folder/name` of the output."""
+
+    image: str
+    question: str
+    answer: str
+    question_type: str = ""
+    choices: tuple[str, ...] = ()
+    answer_choice: str = ""
+
+
+@dataclass
+class Collection:
+    """What was found in an input.
+
+    kind: name of the form. root: what paths in the ledger are relative to. questions: by split.
+    left_out: (file, reason). notes: sentences a user should see. manifest: an M3D_Cap.json to be brought along.
+    """
+
+    kind: str
+    root: Path
+    cases: list[Case]
+    questions: dict[str, list[Question]] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    manifest: Path | None = None
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user says about an input.
+
+    questions: a table, or folder of tables, of questions. reports: a table of reports by accession number.
+    columns: name -> column in a list or table of reports. key_file: of the hashes that stand for patients.
+    hash_ids: hash the names of cases even where the input is no DICOM. dry_run: write nothing.
+    """
+
+    questions: Path | None = None
+    reports: Path | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    key_file: Path | None = None
+    hash_ids: bool = False
+    dry_run: bool = False
+
+
+def read_table(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, str]]:
+    """The rows of a `.csv`, `.tsv`, `.xlsx`, `.jsonl` or `.json` (list) table; cells are text, "" where they are empty.
+
+    Raises SourceError: not readable, or without a required column; the message lists those that are there.
+    """
+    try:
+        rows, found = _rows(path)
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise SourceError(f"{path}: cannot be read as a table ({error})") from error
+    missing = [name for name in required if name not in found]
+    if missing:
+        raise SourceError(f"{path}: lacks {_columns(missing)}; it has {', '.join(found) or 'none'}")
+    return rows
+
+
+def _columns(names: list[str]) -> str:
+    return f"the column{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if ending == ".tsv" else ",")
+            rows = [{key: value or "" for key, value in row.items() if key is not None} for row in reader]
+            return rows, list(reader.fieldnames or ())
+    if ending == ".xlsx":
+        return _excel_rows(path)
+    text = path.read_text(encoding="utf-8-sig")
+    lines = [line for line in text.splitlines() if line.strip()]
+    values = [json.loads(line) for line in lines] if ending == ".jsonl" else json.loads(text)
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError("expected one object a row")
+    rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in values]
+    return rows, list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _excel_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    import pandas
+
+    try:
+        table = pandas.read_excel(path, dtype=str, keep_default_na=False)
+    except ImportError as error:
+        raise SourceError(f"{path}: reading .xlsx needs `pip install openpyxl`; or save the table as .csv") from error
+    return table.to_dict("records"), list(table.columns)
+
+
+def known_split(name: str, where: str) -> str:
+    """train, validation or test for the many ways in which they are written. Raises SourceError for anything else."""
+    split = SPLIT_NAMES.get(name.strip().lower())
+    if split is None:
+        raise SourceError(f"{where}: unknown split {name!r}; known are {', '.join(SPLITS)}")
+    return split
+
+
+def draw_split(group: str, fractions: tuple[float, float, float]) -> str:
+    """The split of a group: always the same, whatever else the data set holds, and evenly spread over the groups."""
+    place = int.from_bytes(hashlib.sha256(f"split|{group}".encode()).digest()[:8], "big") / 2**64
+    train, validation, _ = fractions
+    return "train" if place < train else "validation" if place < train + validation else "test"
+
+
+def fold_name(name: str) -> str:
+    """A name in ASCII, accents dropped, as the published preparation names its files."""
+    return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+
+
+def file_name(name: str) -> str:
+    """A name that any file system takes: ASCII letters, digits and `._-`, anything else becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", fold_name(name)).strip("._") or "unnamed"
