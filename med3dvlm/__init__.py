@@ -1,18 +1,26 @@
 """Med3DVLM: vision-language models for 3D medical volumes.
 
-Importing this makes both models known to transformers' Auto classes.
+    from med3dvlm import load_model
+    print(load_model("folder").answer("scan.nii.gz", "Which organ is abnormal?").text)
+
+The names are imported when they are first used, so that `import med3dvlm` itself costs nothing. Importing
+`med3dvlm.model`, which each of them does, makes both models known to transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from importlib import import_module
 
-from med3dvlm.configuration import CLIPConfig, VLMConfig
-from med3dvlm.model.clip import CLIPModel
-from med3dvlm.model.vlm import VLMForCausalLM
+_HOME = {
+    "CLIPConfig": "med3dvlm.configuration",
+    "CLIPModel": "med3dvlm.model.clip",
+    "VLMConfig": "med3dvlm.configuration",
+    "VLMForCausalLM": "med3dvlm.model.vlm",
+    "load_clip": "med3dvlm.inference",
+    "load_model": "med3dvlm.inference",
+}
+__all__ = list(_HOME)
 
-__all__ = ["CLIPConfig", "CLIPModel", "VLMConfig", "VLMForCausalLM"]
 
-AutoConfig.register(CLIPConfig.model_type, CLIPConfig)
-AutoConfig.register(VLMConfig.model_type, VLMConfig)
-# transformers has a CLIPConfig of its own and compares names; `exist_ok` because ours is another class.
-AutoModel.register(CLIPConfig, CLIPModel, exist_ok=True)
-AutoModelForCausalLM.register(VLMConfig, VLMForCausalLM)
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,6 +1,9 @@
 #!/bin/sh
-# Asks one question about one scan, in the terminal:
+# Asks a model about scans, in the terminal (docs/inference.md):
+#   sh scripts/demo.sh --image_path scan.nii.gz                                          a chat
 #   sh scripts/demo.sh --image_path scan.nii.gz --question "Is there a lesion in the liver?"
+#   sh scripts/demo.sh --image_path scans/ --report --output reports.csv                 many scans
+# --model_name_or_path names another model, --help lists everything.
 set -eu
 . "$(dirname -- "$0")/lib/env.sh"
 

@@ -1,9 +1,16 @@
+"""The command in this process: one question, piped questions, exit codes, bad input."""
+
+import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
 from nibabel.testing import data_path
 
 from med3dvlm import demo
+from med3dvlm.data.prompts import CAPTION_PROMPTS
+from med3dvlm.demo.terminal import printable
 from tests.helpers.tiny_data import write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_clip, write_tiny_vlm
 
@@ -19,45 +26,142 @@ def scan(tmp_path_factory):
     return str(next(root.glob("M3D_Cap_npy/ct_case/*/*.nii.gz")))
 
 
-def arguments(model, scan):
-    return ["--model_name_or_path", model, "--image_path", scan, "--question", "Where?", "--max_new_tokens", "5",
-            "--device", "cpu"]  # fmt: skip
+@pytest.fixture
+def piped(monkeypatch):
+    """Standard input that is a pipe with this text."""
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def arguments(model, scan, *more):
+    return ["--model_name_or_path", model, "--image_path", str(scan), "--max_new_tokens", "5", "--device", "cpu", *more]
+
+
+def ask(model, scan, *more):
+    return demo.main(arguments(model, scan, "--question", "Where?", *more)).answers[0]
 
 
 def test_prints_the_answer_and_the_notice(model, scan, capsys):
-    answer = demo.main(arguments(model, scan))
+    answer = ask(model, scan)
     printed = capsys.readouterr().out
-    assert "question: Where?" in printed and answer.text in printed
-    assert "published" in printed  # which preprocessing the scan went through
-    assert "not a medical device" in printed.lower()
+    assert f"question: Where?\nanswer: {answer.text}\n" in printed
+    assert "preprocessing: published" in printed and "not a medical device" in printed.lower()
+    assert "\033" not in printed
 
 
-def test_without_a_question_a_report_is_asked_for(model, scan, capsys):
-    demo.main(["--model_name_or_path", model, "--image_path", scan, "--max_new_tokens", "2", "--device", "cpu"])
-    assert f"question: {demo.CAPTION_PROMPTS[0]}" in capsys.readouterr().out
+def test_report_and_empty_standard_input_ask_for_a_report(model, scan, capsys, piped):
+    piped("")
+    asked = [demo.main(arguments(model, scan, *flags)).answers for flags in (["--report"], [])]
+    assert asked[0][0].text == asked[1][0].text and len(asked[1]) == 1
+    assert capsys.readouterr().out.count(f"question: {CAPTION_PROMPTS[0]}") == 2
+
+
+def test_each_piped_line_is_a_question(model, scan, capsys, piped):
+    piped("Where?\n\n" + "liver " * 900 + "\nWhich plane is shown?\n")
+    assert demo.run(arguments(model, scan)) == 1  # one of them is too long
+    printed = capsys.readouterr()
+    assert printed.out.count("question: ") == 2 and printed.out.count("research only") >= 1
+    assert "error: the question has" in printed.err
+
+
+def test_json_is_one_object_an_answer(model, scan, capsys, piped):
+    piped("Where?\n" + "liver " * 900)
+    assert demo.run(arguments(model, scan, "--json")) == 1
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["question"] == "Where?" and first["tokens"] == 5 and first["image"] == scan
+    assert first["preprocessing"]["preset"] == "published" and "research only" in first["notice"]
+    assert "tokens" in second["error"]
+
+
+def test_choices_and_sampling(model, scan, capsys):
+    answer = ask(model, scan, "--choices", "liver", "left lung")
+    printed = capsys.readouterr().out
+    assert f"answer: {answer.text}" in printed and f"{answer.probabilities['left lung']:.4f}  left lung" in printed
+    drawn = [ask(model, scan, "--temperature", "1", "--seed", seed).text for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_quantization(model, scan):
+    assert ask(model, scan, "--quantization", "int8").tokens == 5
 
 
 def test_third_party_scan_in_another_orientation(model, capsys):
     path = Path(data_path) / "anatomical.nii"
     if not path.is_file():
         pytest.skip("nibabel was installed without its test data")
-    assert demo.run(arguments(model, str(path))) == 0
+    assert demo.run(arguments(model, str(path), "--question", "Where?")) == 0
     assert "answer:" in capsys.readouterr().out
 
 
+def test_reading_flags_reach_the_reader(model, capsys):
+    path = Path(data_path) / "functional.nii"
+    if not path.is_file():
+        pytest.skip("nibabel was installed without its test data")
+    assert demo.run(arguments(model, str(path), "--question", "Where?")) == 1
+    assert "--frame" in capsys.readouterr().err
+    assert demo.run(arguments(model, str(path), "--question", "Where?", "--frame", "1")) == 0
+
+
+def test_preprocessing_flags_change_what_the_model_sees(model, scan, capsys):
+    path = Path(data_path) / "anatomical.nii"
+    if not path.is_file():
+        pytest.skip("nibabel was installed without its test data")
+    assert ask(model, path, "--keep_aspect").preprocessing["keep_aspect"]
+    assert ask(model, path, "--window", "40", "400").preprocessing["preset"] == "window"
+    assert "preprocessing: window" in capsys.readouterr().out
+
+
 def test_exit_codes_and_one_line_about_bad_input(model, scan, tmp_path, capsys):
-    assert demo.run(arguments(model, scan)) == 0
-    capsys.readouterr()
     (tmp_path / "broken.nii.gz").write_bytes(b"no")
+    (tmp_path / "empty").mkdir()
     clip = str(write_tiny_clip(tmp_path / "clip"))
     for name, image, expected in (
         (model, str(tmp_path / "nowhere.nii.gz"), "nowhere.nii.gz: no such file"),
         (model, str(tmp_path / "broken.nii.gz"), "broken.nii.gz"),
+        (model, str(tmp_path / "empty"), "empty"),
         (clip, scan, "expected a checkpoint of type vlm_qwen"),
+        (str(tmp_path / "empty"), scan, "no config.json"),
     ):
-        assert demo.run(arguments(name, image)) == 1
+        assert demo.run(arguments(name, image, "--question", "Where?")) == 1
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and expected in error and "\n" not in error
-    with pytest.raises(SystemExit) as wrong:
-        demo.run(["--image_path", scan])
-    assert wrong.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--image_path", "scan.nii.gz"],
+        ["--model_name_or_path", "m", "--question", " "],
+        ["--model_name_or_path", "m", "--question", "a", "--report"],
+        ["--model_name_or_path", "m", "--output", "answers.txt"],
+        ["--model_name_or_path", "m", "--choices", "liver"],
+        ["--model_name_or_path", "m", "--temperature", "-1"],
+        ["--model_name_or_path", "m", "--preset", "published", "--window", "40", "400"],
+        ["--list-series"],
+    ],
+)
+def test_wrong_arguments(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.run(wrong)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(model, scan, capsys, monkeypatch):
+    monkeypatch.setattr("med3dvlm.demo.command.load_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert demo.run(arguments(model, scan, "--question", "Where?")) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_list_series_shows_what_a_folder_holds(capsys):
+    from pydicom.data import get_testdata_file
+
+    file = get_testdata_file("CT_small.dcm", download=False)
+    if file is None:
+        pytest.skip("pydicom was installed without its test data")
+    assert demo.run(["--image_path", file, "--list-series"]) == 0
+    assert "CT" in capsys.readouterr().out
+
+
+def test_control_characters_are_not_printed():
+    assert printable("a\x1b[31m\x9b2J\x07b\tc\nµ肝") == "a\N{REPLACEMENT CHARACTER}[31m" + (
+        "\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}b\tc\nµ肝"
+    )

@@ -1,9 +1,17 @@
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
 import pytest
 import torch
-from transformers import TextStreamer
 
-from med3dvlm.data.volume import VolumeError, load_volume
-from med3dvlm.inference import load_clip, load_model
+from med3dvlm.data.profile import PUBLISHED_PROFILE
+from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_question
+from med3dvlm.data.volume import Volume, VolumeError, load_volume
+from med3dvlm.inference import QuestionError, Sampling, load_clip, load_model
 from med3dvlm.model.weights import CheckpointError
 from tests.helpers.tiny_data import clip_tokenizer, write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_clip, write_tiny_vlm
@@ -18,14 +26,32 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_model(str(write_tiny_vlm(tmp_path_factory.mktemp("models") / "vlm")), device="cpu")
+def folder(tmp_path_factory):
+    return write_tiny_vlm(tmp_path_factory.mktemp("models") / "vlm")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(folder, device="cpu")
+
+
+# ---------------------------------------------------------------- one answer, a batch
 
 
 def test_batch_answers_equal_single_answers(model, paths):
     together = model.answer_batch(paths, QUESTIONS, max_new_tokens=8)
     single = [model.answer(path, q, max_new_tokens=8).text for path, q in zip(paths, QUESTIONS, strict=True)]
     assert together == single
+
+
+def test_decoding_is_that_of_transformers(model, paths):
+    """Token for token, in a padded batch; transformers' own loop is the reference."""
+    images = torch.stack([model.see(path).image for path in paths])
+    batch = model.processor(QUESTIONS, volumes=list(images))
+    reference = model.model.generate(**batch, max_new_tokens=12, do_sample=False,
+                                     eos_token_id=model.processor.tokenizer.eos_token_id)  # fmt: skip
+    texts = model.processor.tokenizer.batch_decode(reference, skip_special_tokens=True)
+    assert model.answer_batch(images, QUESTIONS, max_new_tokens=12) == [text.strip() for text in texts]
 
 
 def test_features_stand_for_images(model, paths):
@@ -47,38 +73,297 @@ def test_the_image_is_looked_at(model, paths):
 
 def test_answer_says_how_it_came_about(model, paths):
     answer = model.answer(paths[0], "Where?", max_new_tokens=5)
-    assert 1 <= answer.tokens <= 5 and answer.seconds > 0
+    assert answer.tokens == 5 and not answer.finished and answer.seconds > 0
     assert answer.preprocessing == model.processor.preprocess.to_dict()
-    assert answer.warnings == load_volume(paths[0]).warnings
+    assert set(load_volume(paths[0]).warnings) <= set(answer.warnings)
+    assert answer.probabilities is None
 
 
-def test_answer_streams_the_words_it_returns(model, paths, capsys):
-    answer = model.answer(paths[0], "Where?", max_new_tokens=6,
-                          streamer=TextStreamer(model.processor.tokenizer, skip_special_tokens=True))  # fmt: skip
-    assert capsys.readouterr().out.strip() == answer.text
+def test_an_answer_ends_with_the_end_token(folder, paths):
+    model = load_model(folder, device="cpu")
+    tokenizer = model.processor.tokenizer
+    stream = model.stream(paths[0], "Where?", max_new_tokens=6)
+    list(stream)
+    spoken = stream._ids
+    last = next(i for i, token in enumerate(spoken) if i and token not in spoken[:i])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(spoken[last])
+    answer = model.answer(paths[0], "Where?", max_new_tokens=6)
+    assert answer.finished and answer.tokens == last + 1 < 6
+    rest = model.answer_batch(paths[:2], ["Where?", QUESTIONS[2]], max_new_tokens=6)
+    assert rest[0] == tokenizer.decode(spoken[:last]).strip()  # the other row may go on
+
+
+def test_report_is_an_answer_in_the_form_of_reports(model, paths):
+    expected = model.answer(paths[0], CAPTION_PROMPTS[0], "caption", max_new_tokens=6).text
+    assert model.report(paths[0], max_new_tokens=6).text == expected
 
 
 def test_numbers_of_images_and_questions_have_to_agree(model, paths):
     with pytest.raises(ValueError, match="2 images and 1 questions"):
         model.answer_batch(paths[:2], ["Where?"])
-    with pytest.raises(ValueError, match="either images or image_features"):
+    with pytest.raises(ValueError, match="either scans or image_features"):
         model.answer_batch(questions=["Where?"])
 
 
-def test_unreadable_scan(model, tmp_path):
+# ---------------------------------------------------------------- scans
+
+
+def test_every_form_of_a_scan_gives_the_same_answer(model, paths):
+    volume, seen = load_volume(paths[0]), model.see(paths[0])
+    assert seen.image.shape == (1, *TINY_SIZE) and seen.volume.path == str(paths[0])
+    answers = {model.answer(scan, "Where?", max_new_tokens=6).text for scan in (paths[0], volume, seen.image)}
+    assert len(answers) == 1
+
+
+def test_reading_options_reach_the_reader(model, paths):
+    flipped = model.see(paths[0], flip="W").image
+    torch.testing.assert_close(flipped, model.see(paths[0]).image.flip(3))
+    for read_already in (flipped, load_volume(paths[0])):
+        with pytest.raises(ValueError, match="flip: options of reading"):
+            model.see(read_already, flip="W")
+
+
+def test_warnings_say_what_is_unlike_the_training_data(model, monkeypatch):
+    monkeypatch.setattr(model.processor, "training_data", PUBLISHED_PROFILE)  # CT
+    scan = Volume(np.random.default_rng(0).random((16, 16, 16), dtype=np.float32) * 900, modality="MR",
+                  warnings=("two slices were left out",))  # fmt: skip
+    answer = model.answer(scan, "Where?", max_new_tokens=2)
+    assert "two slices were left out" in answer.warnings
+    assert any("MR" in warning and "trained on CT" in warning for warning in answer.warnings)
+
+
+def test_unusable_scans(model, tmp_path):
     (tmp_path / "scan.nii.gz").write_bytes(b"no")
     with pytest.raises(VolumeError, match="scan.nii.gz"):
         model.answer(tmp_path / "scan.nii.gz", "Where?")
+    with pytest.raises(VolumeError, match=r"expected a preprocessed image \[1, 32, 64, 64\], found a tensor \[1, 8"):
+        model.answer(torch.zeros(1, 8, 8, 8), "Where?")
 
 
-def test_dtype_of_the_files_unless_another_one_is_asked_for(tmp_path):
-    folder = str(write_tiny_vlm(tmp_path / "vlm"))
-    assert load_model(folder, device="cpu").dtype == torch.float32
+# ---------------------------------------------------------------- questions
+
+
+def test_a_question_that_is_too_long_says_how_many_tokens_fit(model, paths):
+    def ask(words):
+        return model.answer(paths[0], " ".join(["liver"] * words), max_new_tokens=100)
+
+    with pytest.raises(QuestionError) as error:
+        ask(400)
+    has, fit = map(int, re.match(r"the question has (\d+) tokens, (\d+) fit:", str(error.value)).groups())
+    room = model.context - 100 - model.processor.num_image_tokens
+    assert fit == room < has
+    count = [len(model.processor.tokenizer(" " + " ".join(["liver"] * words))["input_ids"]) for words in range(400)]
+    words = next(n for n in range(400) if count[n] > fit)
+    ask(words - 1)
+    with pytest.raises(QuestionError):
+        ask(words)
+
+
+@pytest.mark.parametrize(("question", "message"), [(" \n", "is empty"), ("What is <im_patch>?", "holds <im_patch>")])
+def test_questions_that_cannot_be_asked(model, paths, question, message):
+    for ask in (model.answer, model.stream, model.chat(paths[0]).ask, lambda p, q: model.answer_batch([p], [q])):
+        with pytest.raises(QuestionError, match=message):
+            ask(paths[0], question) if ask.__name__ != "ask" else ask(question)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_stream_gives_the_answer_in_pieces(model, paths):
+    stream = model.stream(paths[0], "Where?", max_new_tokens=12)
+    assert stream.answer is None
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == stream.answer.text == model.answer(paths[0], "Where?", max_new_tokens=12).text
+    assert stream.answer.tokens == 12 and list(stream) == []
+
+
+def test_characters_of_several_tokens_come_whole(model):
+    """The tokenizer is byte-level: "é" and "肝" are several tokens."""
+    from med3dvlm.inference.decoding import AnswerStream
+    from med3dvlm.inference.results import Answer
+
+    tokenizer = model.processor.tokenizer
+    ids = tokenizer("  l'épaule \n 肝 droite")["input_ids"]
+    stream = AnswerStream(iter([[i] for i in ids]), tokenizer,
+                          lambda **values: Answer(preprocessing={}, **values), 0.0)  # fmt: skip
+    pieces = list(stream)
+    assert "".join(pieces) == stream.answer.text == "l'épaule \n 肝 droite"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+def test_stop_from_another_thread_ends_the_stream(model, paths):
+    before = threading.active_count()
+    stream = model.stream(paths[0], "Where?", max_new_tokens=400)
+    first = next(stream)
+    other = threading.Thread(target=stream.stop)
+    other.start()
+    other.join()
+    assert list(stream) == []
+    assert stream.answer.text.startswith(first) and 1 <= stream.answer.tokens < 10 and not stream.answer.finished
+    assert threading.active_count() == before
+
+
+def test_an_error_of_the_model_reaches_whoever_asks_for_the_next_piece(model, paths, monkeypatch):
+    stream = model.stream(paths[0], "Where?", max_new_tokens=40)
+    next(stream)
+    monkeypatch.setattr(model.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(stream)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_a_seed_repeats_its_answer_and_another_one_does_not(model, paths):
+    def answer(**values):
+        return model.answer(paths[0], "Where?", max_new_tokens=12, sampling=Sampling(**values)).text
+
+    state = torch.get_rng_state()
+    first = answer(temperature=1.0, seed=3)
+    assert answer(temperature=1.0, seed=3) == first != answer(temperature=1.0, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own draws are left alone
+    greedy = model.answer(paths[0], "Where?", max_new_tokens=12).text
+    assert answer() == answer(temperature=1.0, top_p=1e-6) == answer(temperature=1e-6) == greedy
+    batch = model.answer_batch(paths[:2], ["Where?"] * 2, max_new_tokens=12, sampling=Sampling(1.0, seed=3))
+    assert batch[0] == first
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+def test_sampling_out_of_range(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Sampling(**values)
+
+
+# ---------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize(
+    ("choices", "shown", "answers"),
+    [
+        (["liver", "left kidney"], "Where? Choices: A. liver B. left kidney", ["A. liver", "B. left kidney"]),
+        (["Yes", "No"], "Where?", ["Yes", "No"]),
+        (["a", "b", "c", "d", "spleen"], "Where?", ["a", "b", "c", "d", "spleen"]),
+    ],
+)
+def test_probabilities_of_choices(model, paths, choices, shown, answers):
+    answer = model.answer(paths[0], "Where?", choices=choices)
+    scores, image = [], model.see(paths[0]).image
+    for text in answers:  # each as a whole sequence of its own
+        row = model.processor.encode(model.processor.prompt(shown), text)
+        own = row["labels"] >= 0
+        with torch.inference_mode():
+            logits = model.model(input_ids=row["input_ids"][None], images=image[None]).logits[0]  # [T, V]
+        chosen = logits.log_softmax(-1)[:-1].gather(1, row["input_ids"][1:, None])[:, 0]
+        scores.append(chosen[own[1:]].sum())
+    expected = torch.stack(scores).softmax(0).tolist()
+    assert list(answer.probabilities) == choices
+    assert list(answer.probabilities.values()) == pytest.approx(expected, rel=1e-4)
+    assert answer.text == choices[expected.index(max(expected))]
+
+
+@pytest.mark.parametrize("choices", [[], ["liver"], ["liver", "liver"], ["liver", " "]])
+def test_choices_that_are_none(model, paths, choices):
+    with pytest.raises(QuestionError, match="two or more different"):
+        model.answer(paths[0], "Where?", choices=choices)
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_chat_encodes_the_scan_once_and_answers_as_if_asked_alone(model, paths, monkeypatch):
+    expected = [model.answer(paths[0], question, max_new_tokens=6).text for question in QUESTIONS]
+    encoded, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    chat = model.chat(paths[0])
+    assert [chat.ask(question, max_new_tokens=6).text for question in QUESTIONS] == expected
+    chat.report(max_new_tokens=3)
+    assert encoded == [1]
+    assert [question for question, _ in chat.history] == [*QUESTIONS, CAPTION_PROMPTS[0]]
+    assert [answer.text for _, answer in chat.history[:3]] == expected
+
+
+def test_remembered_turns_stand_in_the_prompt_as_training_writes_them(model, paths, monkeypatch):
+    chat = model.chat(paths[0], remember=True)
+    first = chat.ask("Where?", choices=["liver", "lung"])
+    asked = []
+    embed = model.model.embed
+    monkeypatch.setattr(model.model, "embed", lambda ids, **kw: asked.append(ids[0].tolist()) or embed(ids, **kw))
+    chat.ask("And why?", max_new_tokens=5)
+    processor = model.processor
+    said = {"liver": "A. liver", "lung": "B. lung"}[first.text]
+    earlier = processor.encode(processor.prompt(closed_question("Where?", ["liver", "lung"])), said)[
+        "input_ids"
+    ].tolist()
+    question = processor.tokenizer(processor.turn("And why?"))["input_ids"]
+    assert asked == [earlier + question] and earlier[-1] == processor.tokenizer.eos_token_id
+    chat.reset()
+    chat.ask("And why?", max_new_tokens=5)
+    assert chat.remember and asked[-1] == processor.tokenizer(processor.prompt("And why?"))["input_ids"]
+
+
+def test_another_image_is_another_conversation(model, paths, tmp_path):
+    chat = model.chat()
+    with pytest.raises(QuestionError, match="no scan"):
+        chat.ask("Where?")
+    chat.set_image(paths[0])
+    chat.ask("Where?", max_new_tokens=5)
+    with pytest.raises(VolumeError):
+        chat.set_image(tmp_path / "nowhere.nii.gz")
+    assert chat.seen.volume.path == str(paths[0]) and len(chat.history) == 1
+    chat.set_image(paths[1])
+    assert chat.history == []
+    assert chat.ask("Where?", max_new_tokens=5).text == model.answer(paths[1], "Where?", max_new_tokens=5).text
+
+
+def test_a_stopped_answer_belongs_to_the_conversation_it_was_asked_in(model, paths):
+    chat = model.chat(paths[0])
+    stream = chat.stream("Where?", max_new_tokens=50)
+    piece, history = next(stream), chat.history
+    chat.reset()
+    stream.stop()
+    assert stream.answer.text.startswith(piece)
+    assert history == [("Where?", stream.answer)] and chat.history == []
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_dtype_of_the_files_unless_another_one_is_asked_for(folder, model):
+    assert model.dtype == torch.float32
     assert load_model(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
+        load_model(folder, dtype="int3")
 
 
-def test_dual_encoder_gives_unit_features(tmp_path, paths):
-    clip = load_clip(str(write_tiny_clip(tmp_path / "clip")), device="cpu")
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_incomplete_folder(folder, tmp_path, missing):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / missing).unlink()
+    with pytest.raises(CheckpointError, match=str(tmp_path / "copy")):
+        load_model(tmp_path / "copy", device="cpu")
+
+
+def test_other_architecture_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="expected a checkpoint of type vlm_qwen, found dec_clip"):
+        load_model(str(write_tiny_clip(tmp_path / "clip")))
+
+
+def test_importing_the_package_is_light_and_still_offers_its_names():
+    code = "import med3dvlm, sys; assert 'torch' not in sys.modules; print(med3dvlm.__all__, med3dvlm.VLMConfig)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "load_model" in done.stdout and "VLMConfig" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- the dual encoder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return load_clip(write_tiny_clip(tmp_path_factory.mktemp("models") / "clip"), device="cpu")
+
+
+def test_dual_encoder_gives_unit_features(clip):
     assert clip.preprocess.size == TINY_SIZE
     images = clip.encode_images(torch.rand(2, 1, *TINY_SIZE))
     tokens = clip.tokenizer(["a cyst", "a large cyst in the liver"], padding=True, return_tensors="pt")
@@ -87,14 +372,29 @@ def test_dual_encoder_gives_unit_features(tmp_path, paths):
     torch.testing.assert_close(torch.cat([images, texts]).norm(dim=1), torch.ones(4))
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "nce"])
+def test_rank_says_which_text_belongs_to_which_scan(tmp_path, paths, loss_type):
+    clip = load_clip(write_tiny_clip(tmp_path / "clip", loss_type=loss_type), device="cpu")
+    texts = ["a cyst", "a large cyst in the liver", "normal"]
+    ranking = clip.rank(paths[:2], texts)
+    images = torch.stack([clip.embed_image(path) for path in paths[:2]])
+    words = torch.stack([clip.embed_text(text) for text in texts])
+    torch.testing.assert_close(ranking.similarity, images @ words.T)
+    scale = (clip.model.t_prime if loss_type == "sigmoid" else clip.model.logit_scale).detach().exp()
+    torch.testing.assert_close(ranking.probabilities, (scale * images @ words.T).softmax(1))
+    assert ranking.similarity.gather(1, ranking.order).diff(dim=1).max() <= 0
+
+
+def test_texts_of_the_dual_encoder(clip):
+    long = clip.embed_text("a large cyst in the liver " * 50)  # the tiny text encoder has 64 positions
+    assert long.norm() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(QuestionError, match="empty"):
+        clip.embed_text(" ")
+
+
 def test_dual_encoder_reads_its_tokenizer_as_it_is(tmp_path):
     """transformers would go by the name of our config and build CLIP's byte-level tokenizer."""
     folder = write_tiny_clip(tmp_path / "clip")
     (folder / "tokenizer_config.json").unlink()
     expected = clip_tokenizer()("a large cyst")["input_ids"]
     assert load_clip(str(folder), device="cpu").tokenizer("a large cyst")["input_ids"] == expected
-
-
-def test_other_architecture_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="expected a checkpoint of type vlm_qwen, found dec_clip"):
-        load_model(str(write_tiny_clip(tmp_path / "clip")))

@@ -1,0 +1,5 @@
+import sys
+
+from med3dvlm.demo import run
+
+sys.exit(run())
