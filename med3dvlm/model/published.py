@@ -45,7 +45,8 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[st
     if dtype in (None, "auto"):
         return tensors
     asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return {key: tensor.to(asked) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    # A clone of the rest: a single view of a mapped file would keep all of it in memory.
+    return {key: tensor.to(asked) if tensor.is_floating_point() else tensor.clone() for key, tensor in tensors.items()}
 
 
 def device_of(device_map: torch.device | str | int | None) -> torch.device:
@@ -76,6 +77,7 @@ class PublishedLayout:
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | int | None = None,
+        quantizer: Any = None,
         **kwargs: Any,
     ):
         """Load a folder, or the snapshot of a hub repository, in eval mode.
@@ -84,6 +86,8 @@ class PublishedLayout:
             dtype: of all floating-point tensors; None or "auto" keeps the one of each stored tensor, whatever the
                 config says. `torch_dtype` is its older name.
             device_map: a device, or "auto" (see `device_of`); the CPU where None.
+            quantizer: stores layers in fewer bits as they are read. `convert(key, tensor)` gives the tensors to keep,
+                `prepare(model)` puts layers that hold them into a model without memory.
             kwargs: revision, cache_dir, token, local_files_only for the hub; the rest changes keys of the config.
         Raises:
             CheckpointError: another architecture, a config that cannot be used, or weights that don't fit: every key
@@ -102,7 +106,7 @@ class PublishedLayout:
                 config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
         if kwargs:
             raise TypeError(f"{cls.__name__}.from_pretrained: unknown arguments {', '.join(sorted(kwargs))}")
-        tensors = read_weights(folder)
+        tensors = read_weights(folder, convert=None if quantizer is None else quantizer.convert)
         if isinstance(config, CLIPConfig) and config.text_config is None:
             config.text_config = text_config_of(tensors, folder)
         tensors = cast(tensors, torch_dtype if dtype is None else dtype)
@@ -110,6 +114,8 @@ class PublishedLayout:
         config.name_or_path = str(pretrained_model_name_or_path)
         with checkpoint_errors(folder), parameters_on_meta():
             model = cls(config)
+            if quantizer is not None:
+                quantizer.prepare(model)
         load_strict(model, tensors, str(folder), optional=_tied_keys(config, tensors, folder), assign=True)
         model.tie_weights()
         if model.can_generate() and (folder / "generation_config.json").is_file():

@@ -8,7 +8,7 @@ by their ending. Files appear under their name only when they are complete.
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,30 @@ def _owned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
-def read_weights(folder: str | Path, device: str = "cpu") -> dict[str, Tensor]:
+Convert = Callable[[str, Tensor], dict[str, Tensor]]
+
+
+def read_converted(path: str | Path, convert: Convert) -> dict[str, Tensor]:
+    """As `read_tensors`, but each tensor is passed through `convert` as it is read, and let go before the next one.
+
+    convert: key and tensor -> what to keep of it, in memory of its own.
+    """
+    path = Path(path)
+    kept: dict[str, Tensor] = {}
+    if path.suffix != ".safetensors":
+        for key, tensor in read_tensors(path).items():
+            kept |= convert(key, tensor)
+        return kept
+    for key in read_tensors(path, "meta"):
+        with safe_open(path, framework="pt") as file:  # opened anew: what was mapped leaves memory with the mapping
+            kept |= convert(key, file.get_tensor(key))
+    return kept
+
+
+def read_weights(folder: str | Path, device: str = "cpu", convert: Convert | None = None) -> dict[str, Tensor]:
     """All tensors of a folder in the published layout; on device "meta" without their data.
+
+    convert: what to keep of each tensor, see `read_converted`.
 
     Raises:
         CheckpointError: no weights, a broken index, a shard that is missing or lacks tensors of the index, or see
@@ -117,13 +139,17 @@ def read_weights(folder: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     found = [Path(folder) / name for name in WEIGHT_FILES if (Path(folder) / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+
+    def read(path: Path) -> dict[str, Tensor]:
+        return read_tensors(path, device) if convert is None else read_converted(path, convert)
+
     if found[0].suffix != ".json":
-        return read_tensors(found[0], device)
+        return read(found[0])
     with checkpoint_errors(found[0]):
         index = dict(json.loads(found[0].read_text())["weight_map"])
     tensors = {}
     for shard in sorted(set(index.values())):
-        tensors |= read_tensors(Path(folder) / shard, device)
+        tensors |= read(Path(folder) / shard)
     lost = sorted(set(index) - set(tensors))
     if lost:
         raise CheckpointError(f"{found[0]}: in none of the shards it names: {', '.join(lost)}")
