@@ -6,8 +6,8 @@ Notable:
 - a block is one depth-wise decomposed convolution, one point-wise feed-forward part, one scaled residual connection;
 - no activation outside the feed-forward part, not even in the stem (published so; docs/decisions.md);
 - tensors are channels-last throughout, [B, D, H, W, C]: point-wise layers are linear layers, one-dimensional
-  convolutions are 2D ones without a transposition, and token sequences are views. On CPU, forward and backward take a
-  fraction of the time of `conv3d`.
+  convolutions are 2D ones without a transposition, and token sequences are views;
+- this is the reference. `med3dvlm.model.fused` computes the same faster and takes over where it can (`DCFormer.fused`).
 
 Source: "DCFormer: Efficient 3D Vision-Language Modeling with Decomposed Convolutions" (arXiv 2502.05091). The names of
 the state dict are those of the published checkpoints. Shapes: B batch, C channels, D slices, H rows, W columns; a prime
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from med3dvlm.model.fused import choice
 
 NUM_LEVELS = 5  # stem and four stages
 
@@ -203,13 +205,17 @@ class DCFormer(nn.Module):
         variant: the sizes (`Variant`).
         channels: width of each of the five levels.
         input_size: (H, W, D) that `token_grid` and `num_tokens` answer for; it does not influence the result.
+        fused: whether faster code of equal results takes over: "cpu", "auto" or "off" (`med3dvlm.model.fused.choice`).
     """
+
+    fused = "cpu"
 
     def __init__(self, variant: Variant, input_size: tuple[int, int, int] = (256, 256, 128)):
         super().__init__()
         self.variant = variant
         self.channels = variant.channels
         self.input_size = tuple(input_size)
+        self.fused_cache: dict[torch.dtype, choice.Cache] = {}  # weights folded for inference
         self.encoder = nn.ModuleDict({"s0": _stem(variant.channels[0])})
         for stage in range(1, NUM_LEVELS):
             self.encoder[f"s{stage}"] = _stage(variant, stage)
@@ -245,12 +251,28 @@ class DCFormer(nn.Module):
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"expected volumes [B, 1, D, H, W], found shape {tuple(volume.shape)}")
+        return (choice.choose(self, volume) or self._plain)(volume)
+
+    def _plain(self, volume: Tensor) -> list[Tensor]:
+        """The definition of the encoder, step by step."""
         x = volume.movedim(1, -1)  # [B, D, H, W, 1]
         hidden_states = []
         for stage in self.encoder.values():
             x = stage(x)  # [B, D', H', W', C]
             hidden_states.append(x.flatten(1, 3))  # [B, D' * H' * W', C]
         return hidden_states
+
+    def train(self, mode: bool = True) -> DCFormer:
+        """As in torch. Weights may have changed unseen (by way of `.data`) where the mode changes: folded ones go."""
+        self.fused_cache = {}
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):  # .to(), .half(), .cuda(), ...
+        self.fused_cache = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"fused_cache": {}}  # copies and pickles hold no folded weights
 
 
 def _stem(channels: int) -> nn.Sequential:

@@ -117,7 +117,8 @@ def test_every_parameter_gets_a_gradient(name):
     sum(state.square().mean() for state in hidden_states).backward()
     for key, parameter in encoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        assert parameter.grad.abs().max() > 0, key
+        before_a_batch_norm = key.endswith(".0.bias") and ".mlp." not in key  # without effect, so without gradient
+        assert before_a_batch_norm or parameter.grad.abs().max() > 0, key
 
 
 def test_bad_input_is_named():

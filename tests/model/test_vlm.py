@@ -167,8 +167,8 @@ def test_batched_greedy_output_equals_that_of_single_items(tiny):
 def test_image_features_can_be_reused(tiny):
     batch = prompts(tiny, [3, 3])
     images = batch.pop("images")
-    features = tiny.encode_images(images)
     with torch.no_grad():
+        features = tiny.encode_images(images)
         assert torch.equal(tiny(**batch, images=images).logits, tiny(**batch, image_features=features).logits)
 
 

@@ -1,0 +1,4 @@
+"""Fast paths of the encoder, each equal to the plain `med3dvlm.model.dcformer` by test.
+
+`choice` decides which one a call takes, `stem` holds the algebra of the stem, `inference` and `training` are the paths.
+"""

@@ -1,0 +1,81 @@
+"""One-dimensional convolutions of channels-last volumes, by axis, as 2D convolutions of images that are views.
+
+Axes are named "h", "w" and "d" as in the state dict: branch `c1` runs along h, `c2` along w, `c3` along d. Kernels are
+[C', C / groups, k] for any axis. Along h and w an image is one slice, along d it has the axes D and H * W.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from med3dvlm.model.fused.onednn import Conv
+
+AXES = ("h", "w", "d")
+
+
+def convolutions(layer: nn.Module) -> dict[str, nn.Conv3d]:
+    """The three convolutions of a decomposed layer by axis."""
+    return {"h": layer.c1[0], "w": layer.c2[0], "d": layer.c3[0]}
+
+
+def batch_norms(layer: nn.Module) -> dict[str, nn.BatchNorm3d]:
+    """The three batch norms of a decomposed layer by axis."""
+    return {"h": layer.c1[1], "w": layer.c2[1], "d": layer.c3[1]}
+
+
+def kernels_of(layer: nn.Module) -> dict[str, Tensor]:
+    """The kernels of a decomposed layer, [C', C / groups, k] per axis."""
+    return {axis: conv.weight.flatten(2) for axis, conv in convolutions(layer).items()}
+
+
+def images(x: Tensor, axis: str) -> Tensor:
+    """[B, D, H, W, C] -> [B * D, H, W, C] along h and w, [B, D, H * W, C] along d; a view."""
+    return x.flatten(2, 3) if axis == "d" else x.flatten(0, 1)
+
+
+def as_2d(kernel: Tensor, axis: str) -> Tensor:
+    """[C', C / groups, k] -> [C', C / groups, 1, k] along w, [C', C / groups, k, 1] along h and d."""
+    return kernel.unsqueeze(-2 if axis == "w" else -1)
+
+
+class AxisSum:
+    """A sum of three one-dimensional convolutions with fixed weights: the second and third add to the first's result.
+
+    Args:
+        kernels: [C', C / groups, k] per axis.
+        bias: [C'], or None.
+        dtype: of the arithmetic.
+        groups: 1 (dense), or C (depth-wise).
+        shared_input: all three convolve the same volume. Then the centre taps of three kernels of length 3 are one tap.
+    """
+
+    def __init__(
+        self,
+        kernels: dict[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        groups: int = 1,
+        shared_input: bool = True,
+    ):
+        dilation = 1
+        if shared_input and kernels["w"].shape[-1] == 3:
+            before, _, after = kernels["w"].split(1, dim=-1)
+            centre = sum(kernel[..., 1:2] for kernel in kernels.values())
+            outer = {axis: kernel[..., ::2] for axis, kernel in kernels.items()}
+            kernels, dilation = outer | {"w": torch.cat([before, centre, after], dim=-1)}, 2
+        self.along_w = Conv(as_2d(kernels["w"], "w"), bias, dtype, groups=groups)
+        self.along_h = Conv(as_2d(kernels["h"], "h"), None, dtype, dilation, groups)
+        self.along_d = Conv(as_2d(kernels["d"], "d"), None, dtype, dilation, groups)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, D, H, W, C] -> [B, D, H, W, C']."""
+        return self.of({axis: x for axis in AXES})
+
+    def of(self, inputs: dict[str, Tensor]) -> Tensor:
+        """[B, D, H, W, C] per axis -> [B, D, H, W, C']."""
+        y = self.along_w(images(inputs["w"], "w"))  # [B * D, H, W, C']
+        self.along_h.add_to(y, images(inputs["h"], "h"))
+        y = y.unflatten(0, inputs["w"].shape[:2])  # [B, D, H, W, C']
+        self.along_d.add_to(images(y, "d"), images(inputs["d"], "d"))
+        return y

@@ -1,0 +1,117 @@
+"""Three parallel convolutions, each with a batch norm on the statistics of the batch, summed: forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from med3dvlm.model.fused.axes import AXES, AxisSum, as_2d, batch_norms, convolutions, images, kernels_of
+
+PARAMETERS = 12  # of a layer
+
+
+def parameters_of(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    """What `Branches` takes of a layer: kernels in `dtype`, biases, weights and shifts of batch norms, three each."""
+    norms = batch_norms(layer)
+    return [
+        *(kernels_of(layer)[axis].to(dtype) for axis in AXES),
+        *(convolutions(layer)[axis].bias for axis in AXES),
+        *(norms[axis].weight.to(norms[axis].running_mean.dtype) for axis in AXES),
+        *(norms[axis].bias.to(norms[axis].running_mean.dtype) for axis in AXES),
+    ]
+
+
+def update_running(layer: nn.Module, axis: str, mean: Tensor, var: Tensor, count: int) -> None:
+    """Let one batch norm of a layer see a batch.
+
+    Args:
+        mean: [C], of the convolution without its bias.
+        var: [C], biased.
+        count: places that they are taken over.
+    """
+    norm, bias = batch_norms(layer)[axis], convolutions(layer)[axis].bias
+    dtype = norm.running_mean.dtype
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_((mean + bias.detach()).to(dtype), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(dtype), norm.momentum)
+
+
+class Branches:
+    """The arithmetic of a decomposed layer in training, on the tensors of `parameters_of`.
+
+    Biases of the convolutions have no effect here: the batch norms take them away. Their gradient is 0.
+    """
+
+    def __init__(self, groups: int, parameters: tuple[Tensor, ...]):
+        self.groups = groups
+        three = [dict(zip(AXES, parameters[i : i + 3], strict=True)) for i in range(0, PARAMETERS, 3)]
+        self.kernels, self.biases, self.weights, self.shifts = three
+
+    def convolve(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, D, H, W, C] -> [B, D, H, W, C'] per axis."""
+        outputs = {}
+        for axis in AXES:
+            weight = as_2d(self.kernels[axis], axis).contiguous(memory_format=torch.channels_last)
+            padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+            y = F.conv2d(images(x, axis).movedim(-1, 1), weight, None, 1, padding, 1, self.groups)
+            outputs[axis] = y.movedim(1, -1).reshape(*x.shape[:-1], -1).contiguous()
+        return outputs
+
+    def statistics(self, z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Branch outputs -> their mean and biased variance, [3, C'] each."""
+        unused = torch.zeros_like(self.weights["h"])  # running statistics; their dtype is that of the result
+        both = [torch.batch_norm_update_stats(_flat(z[axis]), unused, unused, 0.0) for axis in AXES]
+        means, variances = zip(*both, strict=True)
+        return torch.stack(means), torch.stack(variances)
+
+    def normalised_sum(self, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor) -> Tensor:
+        """Branch outputs -> the sum of their batch norms, [B, D, H, W, C']."""
+        scales = {axis: self.weights[axis] * inverse_std[i] for i, axis in enumerate(AXES)}
+        shift = sum(self.shifts[axis] - scales[axis] * mean[i] for i, axis in enumerate(AXES))
+        dtype = z["h"].dtype
+        y = torch.addcmul(shift.to(dtype), z["h"], scales["h"].to(dtype))
+        for axis in ("w", "d"):
+            y.addcmul_(z[axis], scales[axis].to(dtype))
+        return y
+
+    def backward(
+        self, dy: Tensor, x: Tensor, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the input [B, D, H, W, C] and of the parameters, in order, from that of the sum."""
+        dz, d_weights, d_shifts = {}, [], []
+        for i, axis in enumerate(AXES):
+            statistics = (None, None, mean[i], inverse_std[i])  # running ones are not used
+            gradient, d_weight, d_shift = torch.ops.aten.native_batch_norm_backward(
+                _flat(dy), _flat(z[axis]), self.weights[axis], *statistics, True, 0.0, [True, True, True]
+            )
+            dz[axis] = gradient.movedim(1, -1).reshape(dy.shape)
+            d_weights.append(d_weight)
+            d_shifts.append(d_shift)
+        d_kernels = [kernel_gradient(dz[axis], x, self.kernels[axis], axis, self.groups) for axis in AXES]
+        back = {axis: transposed(kernel, self.groups) for axis, kernel in self.kernels.items()}
+        dx = AxisSum(back, None, dy.dtype, self.groups, shared_input=False).of(dz)
+        return dx, [*d_kernels, *(torch.zeros_like(bias) for bias in self.biases.values()), *d_weights, *d_shifts]
+
+
+def transposed(kernel: Tensor, groups: int = 1) -> Tensor:
+    """The kernel that takes a gradient back through the convolution with [C', C / groups, k]; groups are 1 or C."""
+    return kernel.flip(2) if groups > 1 else kernel.flip(2).transpose(0, 1)
+
+
+def kernel_gradient(dz: Tensor, x: Tensor, kernel: Tensor, axis: str, groups: int = 1) -> Tensor:
+    """The gradient [C', C / groups, k] of a kernel from a convolution's output gradient and input, [B, D, H, W, .]."""
+    weight = as_2d(kernel.contiguous(), axis)
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    if groups > 1 and x.dtype == torch.bfloat16:  # which takes oneDNN several times as long as float32
+        dz, x, weight = dz.float(), x.float(), weight.float()
+    pair = (images(tensor, axis).movedim(-1, 1) for tensor in (dz, x))
+    gradients = torch.ops.aten.convolution_backward(
+        *pair, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, [False, True, False]
+    )
+    return gradients[1].reshape(kernel.shape).to(kernel.dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, D, H, W, C] -> [1, C, B * D * H * W, 1], a view: the form of channels-last in which batch norm is fast."""
+    return x.reshape(1, -1, 1, x.shape[-1]).movedim(-1, 1)

@@ -1,0 +1,160 @@
+"""Which path encodes a volume: the fastest that equals the plain one for this device, dtype and mode.
+
+    encoder.fused = "cpu"       the default: the fused path on CPU, the plain code elsewhere
+    encoder.fused = "auto"      the Triton kernels on a GPU as well (tested in Triton's interpreter, not yet on a GPU)
+    encoder.fused = "off"       the plain code
+    set_fused(model, "auto")    for every encoder inside a model
+    MED3DVLM_FUSED=0            the plain code everywhere in this process
+
+A path is a class that folds weights for inference and a function for a step of training. What it cannot take goes to
+the plain code, and the log says so once per reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from med3dvlm.model.fused import inference, onednn, training, triton_choice
+
+MODES = ("cpu", "auto", "off")
+logger = logging.getLogger(__name__)
+
+
+def set_fused(model: nn.Module, mode: str) -> None:
+    """Set the mode of every encoder in a model; ValueError for a mode not in `MODES`."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode of the fused encoder {mode!r}; known: {', '.join(MODES)}")
+    for module in model.modules():
+        if hasattr(module, "fused_cache"):
+            module.fused = mode
+
+
+def choose(encoder: nn.Module, volume: Tensor) -> Callable[[Tensor], list[Tensor]] | None:
+    """What encodes this volume [B, 1, D, H, W] instead of the plain code, or None."""
+    if encoder.fused == "off" or os.environ.get("MED3DVLM_FUSED") == "0":
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if volume.device.type != "cpu" and encoder.fused == "cpu":
+        return None
+    dtype = compute_dtype(encoder, volume)
+    tensors, reason = plain_tensors(encoder)
+    reason = reason or refusal_of_mode(encoder, volume, dtype, tensors) or refusal_of_device(encoder, volume, dtype)
+    if reason:
+        _log_once(reason)
+        return None
+    if volume.device.type == "cpu":
+        fold, train = inference.FoldedEncoder, training.encode
+    else:
+        from med3dvlm.model.fused import triton_encoder  # Triton need not be installed
+
+        fold, train = triton_encoder.FoldedEncoder, triton_encoder.encode
+    if encoder.training:
+        return functools.partial(train, encoder, dtype)
+    return functools.partial(_infer, encoder, fold, dtype, tensors)
+
+
+def compute_dtype(encoder: nn.Module, volume: Tensor) -> torch.dtype:
+    """The dtype of the plain code's convolutions: autocast's, otherwise that of the weights."""
+    if torch.is_autocast_enabled(volume.device.type):
+        return torch.get_autocast_dtype(volume.device.type)
+    return next(encoder.parameters()).dtype
+
+
+def refusal_of_mode(encoder: nn.Module, volume: Tensor, dtype: torch.dtype, tensors: list[Tensor]) -> str:
+    """What no path takes, whatever the device; empty if there is nothing."""
+    gradients = torch.is_grad_enabled() and (volume.requires_grad or any(t.requires_grad for t in tensors))
+    if gradients != encoder.training:
+        return "training mode without gradients" if encoder.training else "gradients in evaluation mode"
+    if encoder.training and smallest_count(encoder, volume) < 2:
+        return "batch norm needs more than one value per channel"
+    if any(tensor.device != volume.device for tensor in tensors):
+        return f"the volume is on {volume.device}, the weights are not"
+    if volume.dtype != dtype and not torch.is_autocast_enabled(volume.device.type):
+        return f"the volume is {volume.dtype}, the weights are {dtype}"
+    return ""
+
+
+def refusal_of_device(encoder: nn.Module, volume: Tensor, dtype: torch.dtype) -> str:
+    """What the path of the volume's device does not take; empty if it takes the call."""
+    if volume.device.type == "cuda":
+        return triton_choice.refusal(encoder, volume, dtype)
+    if volume.device.type != "cpu":
+        return f"no path for {volume.device.type}"
+    return "" if onednn.takes(dtype) else f"oneDNN does not take {dtype} here"
+
+
+def smallest_count(encoder: nn.Module, volume: Tensor) -> int:
+    """Places of the batch at the last level, over which its batch norms average."""
+    sizes = [(n - 1) // 4 + 1 for n in volume.shape[2:]]
+    for pooled in encoder.variant.pool:
+        sizes = [(n - 1) // 2 + 1 for n in sizes] if pooled else sizes
+    return len(volume) * math.prod(sizes)
+
+
+def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
+    """The encoder's parameters and buffers, and what keeps them from being all that its result depends on."""
+    tensors = []
+    for module in encoder.modules():
+        kind = type(module)
+        if kind.__module__ != type(encoder).__module__ and kind not in _TORCH_LAYERS:
+            return tensors, f"a layer was replaced by {kind.__name__}"
+        if module is not encoder and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+            return tensors, "layers have hooks"
+        if module.training != encoder.training:
+            return tensors, "some layers are in training mode and some are not"
+        tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    for tensor in tensors:
+        if hasattr(tensor, "ds_id") or type(tensor) not in (nn.Parameter, Tensor):
+            return tensors, "the weights are sharded"
+        if tensor.is_inference():
+            return tensors, "the weights were made in inference mode, where changes cannot be noticed"
+    return tensors, ""
+
+
+_TORCH_LAYERS = {nn.ModuleDict, nn.Sequential, nn.Identity, nn.MaxPool3d, nn.Linear, nn.GELU}
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("DCFormer takes its plain path: %s", reason)
+
+
+@dataclass
+class Cache:
+    """Folded weights and what they were folded from.
+
+    The sources are kept, so that no other tensor can come to lie at the address of one that was replaced.
+    """
+
+    sources: list[Tensor]
+    versions: list[int]
+    folded: Callable[[Tensor], list[Tensor]]
+
+    def is_current(self, tensors: list[Tensor]) -> bool:
+        """Whether the present tensors are those that were folded, unchanged."""
+        return (
+            len(tensors) == len(self.sources)
+            and all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors, self.sources, strict=True))
+            and [tensor._version for tensor in tensors] == self.versions
+        )
+
+
+def _infer(encoder: nn.Module, fold: type, dtype: torch.dtype, tensors: list[Tensor], volume: Tensor) -> list[Tensor]:
+    """[B, 1, D, H, W] -> the hidden states, in the dtypes that the plain code returns."""
+    with torch.no_grad(), torch.autocast(volume.device.type, enabled=False):
+        cache = encoder.fused_cache.get(dtype)
+        if cache is None or not cache.is_current(tensors):
+            sources, versions = [t.detach() for t in tensors], [t._version for t in tensors]
+            cache = encoder.fused_cache[dtype] = Cache(sources, versions, fold(encoder, dtype))
+        stem_state, *states = cache.folded(volume)
+    residual = torch.promote_types(dtype, next(encoder.parameters()).dtype)
+    return [stem_state, *(state.to(residual) for state in states)]

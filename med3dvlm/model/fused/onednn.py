@@ -1,0 +1,71 @@
+"""Convolutions of channels-last images that activate their result, or add it to another, in the same pass.
+
+`torch.compile` uses these oneDNN operators when it freezes a model; called directly they need no compiler and no
+warm-up. For tensors that oneDNN has no kernels for, the same is computed in several passes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_STRIDE = (1, 1)
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in this dtype on this processor."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Conv:
+    """A 2D convolution of stride 1 with fixed weights, which are laid out for the sizes of its latest input.
+
+    Args:
+        weight: [C', C / groups, k_1, k_2].
+        bias: [C'], or None.
+        dtype: of the arithmetic.
+        dilation: distance of the taps along the first axis of the images.
+        groups: 1 (dense), or C (depth-wise).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, dilation: int = 1, groups: int = 1):
+        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.padding = (dilation * (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2)
+        self.dilation, self.groups = (dilation, 1), groups
+        self.packed: tuple[torch.Size, Tensor] | None = None
+
+    def __call__(self, images: Tensor, gelu: bool = False) -> Tensor:
+        """[N, H, W, C] -> [N, H, W, C'], with GELU (exact) if asked."""
+        x = images.movedim(-1, 1)
+        if takes(x.dtype):
+            arguments = (self.padding, _STRIDE, self.dilation, self.groups, "gelu" if gelu else "none", [], "none")
+            y = torch.ops.mkldnn._convolution_pointwise(x, self._packed_for(x), self.bias, *arguments)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, 1, self.padding, self.dilation, self.groups)
+            y = F.gelu(y) if gelu else y
+        return y.movedim(1, -1).contiguous()  # a copy only where axes of size 1 leave the layout open
+
+    def add_to(self, total: Tensor, images: Tensor) -> None:
+        """total [N, H, W, C'] += convolution of images [N, H, W, C]."""
+        x = images.movedim(-1, 1)
+        if takes(x.dtype):
+            arguments = (self.padding, _STRIDE, self.dilation, self.groups, "add", None, None, [], None)
+            add_ = torch.ops.mkldnn._convolution_pointwise_.binary
+            result = add_(total.movedim(-1, 1), x, self._packed_for(x), self.bias, *arguments).movedim(1, -1)
+            if result.data_ptr() != total.data_ptr():  # here, too, axes of size 1
+                total.copy_(result)
+        else:
+            total += F.conv2d(x, self.weight, self.bias, 1, self.padding, self.dilation, self.groups).movedim(1, -1)
+
+    def _packed_for(self, x: Tensor) -> Tensor:
+        """The weights in oneDNN's own layout for inputs [N, C, H, W] of this size."""
+        packed = self.packed  # read once: another thread may encode another size
+        if packed is None or packed[0] != x.shape:
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            weight = reorder(self.weight, self.padding, _STRIDE, self.dilation, self.groups, x.shape)
+            packed = self.packed = (x.shape, weight)
+        return packed[1]

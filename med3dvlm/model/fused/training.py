@@ -1,0 +1,206 @@
+"""The encoder for training: fewer passes over memory, less kept for the backward pass, the same gradients.
+
+Against the plain formulation:
+- the stem's first two layers are one, as in inference; the statistics of their batch norms follow from the second
+  moments of the 20 columns (`moments`), the gradients of their weights from those of the composed kernels;
+- a sum of three normalised branches is one node of the graph, which keeps its input and the branches' outputs, or in a
+  block the input alone: depth-wise convolutions are cheap to repeat;
+- the feed-forward part keeps its inner values before GELU, not those after;
+- max pooling keeps its places in 32 bits, and not its input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from med3dvlm.model.fused import moments, stem
+from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions
+from med3dvlm.model.fused.branches import (
+    PARAMETERS,
+    Branches,
+    kernel_gradient,
+    parameters_of,
+    transposed,
+    update_running,
+)
+
+_without_autocast = torch.autocast("cpu", enabled=False)
+
+
+def encode(encoder: nn.Module, dtype: torch.dtype, volume: Tensor) -> list[Tensor]:
+    """[B, 1, D, H, W] -> five hidden states [B, D' * H' * W', C] in training mode, the convolutions in `dtype`."""
+    with _without_autocast:
+        first, second, *others = encoder.encoder["s0"][0]
+        x = stem_start(first, second, stem.columns(volume, dtype))  # [B, D', H', W', C]
+        x = DenseLayers.apply(x, others, *(p for layer in others for p in parameters_of(layer, dtype)))
+        hidden_states = [x]
+        for name in list(encoder.encoder)[1:]:
+            for block in encoder.encoder[name]:
+                x = run_block(block, x, dtype)  # [B, D', H', W', C]
+            hidden_states.append(x)
+    return [state.flatten(1, 3) for state in hidden_states]
+
+
+def stem_start(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """The stem's first two layers over its columns: [B, D', H', W', 20] -> [B, D', H', W', C]."""
+    count, of_columns = x[..., 0].numel(), moments.along_axes(x)
+    rows = stem.tap_rows(first)  # [C, 20] per axis
+    stats = {axis: moments.of_products(rows[axis], of_columns.mean, of_columns.second) for axis in AXES}
+    matrix = stem.first_layer(rows, batch_affine(first, stats, count))  # [C, 20]
+    kernels = stem.second_layer(second, matrix)  # [C', 20, 3] per axis
+    for axis, kernel in kernels.items():
+        rows = kernel.transpose(1, 2).flatten(1)  # [C', 3 * 20]
+        stats[axis] = moments.of_products(rows, of_columns.shifted_mean[axis], of_columns.shifted_second[axis])
+    kernels = stem.constant_into_columns(*stem.normalised(kernels, batch_affine(second, stats, count)))
+    return SumOfConvolutions.apply(x, *(kernels[axis].to(x.dtype) for axis in AXES))
+
+
+def batch_affine(layer: nn.Module, stats: dict[str, tuple[Tensor, Tensor]], count: int) -> dict[str, stem.Affine]:
+    """A layer's batch norms with the mean and variance [C] of the batch, which their running statistics also see."""
+    affine = {}
+    for axis, norm in batch_norms(layer).items():
+        mean, var = stats[axis]
+        update_running(layer, axis, mean.detach(), var.detach(), count)
+        bias = convolutions(layer)[axis].bias  # taken away again by the batch norm: gradient 0, but not none
+        affine[axis] = stem.affine_of(norm, 0 * bias.to(var.dtype), mean, var)
+    return affine
+
+
+def run_block(block: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, D, H, W, C] -> [B, D', H', W', C'] in the residual stream's dtype, that of the plain code."""
+    if block.proj is not None:
+        project = PoolAndProject.apply if isinstance(block.pool, nn.MaxPool3d) else F.linear
+        x = project(x.to(dtype), block.proj.weight.flatten(1).to(dtype))  # [B, D', H', W', C']
+        x = x.to(torch.promote_types(dtype, block.scale.dtype))
+    expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
+    mlp = [tensor.to(dtype) for tensor in (expand.weight, expand.bias, contract.weight, contract.bias)]
+    return ResidualBlock.apply(x, block.dwconv, block.scale, *mlp, *parameters_of(block.dwconv, dtype))
+
+
+def normalise(branches: Branches, z: dict[str, Tensor], layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Branch outputs -> the sum of their batch norms [B, D, H, W, C'], and mean and 1 / std [3, C'] of the batch."""
+    mean, var = branches.statistics(z)
+    for i, axis in enumerate(AXES):
+        update_running(layer, axis, mean[i], var[i], z[axis][..., 0].numel())
+    inverse_std = (var + batch_norms(layer)["h"].eps).rsqrt()
+    return branches.normalised_sum(z, mean, inverse_std), mean, inverse_std
+
+
+class SumOfConvolutions(torch.autograd.Function):
+    """[B, D, H, W, C] and three kernels [C', C, k] -> [B, D, H, W, C']."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *kernels)
+        return AxisSum(dict(zip(AXES, kernels, strict=True)), None, x.dtype)(x)
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, dy: Tensor):
+        x, *kernels = ctx.saved_tensors
+        kernels, dy, dx = dict(zip(AXES, kernels, strict=True)), dy.contiguous(), None
+        if ctx.needs_input_grad[0]:
+            dx = AxisSum({axis: transposed(kernel) for axis, kernel in kernels.items()}, None, dy.dtype)(dy)
+        return dx, *(kernel_gradient(dy, x, kernel, axis) for axis, kernel in kernels.items())
+
+
+class DenseLayers(torch.autograd.Function):
+    """The stem's later layers, of which `layers` give what is no tensor: [B, D, H, W, C] -> [B, D, H, W, C].
+
+    Of what lies between two layers nothing is kept: it is the normalised sum of branch outputs that are.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layers: list[nn.Module], *parameters: Tensor) -> Tensor:
+        kept = [x]
+        for layer, branches in zip(layers, _each(parameters), strict=True):
+            z = branches.convolve(x)
+            x, *stats = normalise(branches, z, layer)
+            kept += [*z.values(), *stats]
+        ctx.save_for_backward(*kept, *parameters)
+        ctx.kept = len(kept)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, dx: Tensor):
+        saved, steps = ctx.saved_tensors, []  # asked for once, as gradient checkpointing wants it
+        x, *kept = saved[: ctx.kept]
+        for i, branches in enumerate(_each(saved[ctx.kept :])):
+            z_h, z_w, z_d, *stats = kept[5 * i : 5 * i + 5]
+            steps.append((branches, x, {"h": z_h, "w": z_w, "d": z_d}, stats))
+            x = branches.normalised_sum(steps[-1][2], *stats) if 5 * i + 5 < len(kept) else None
+        gradients = []
+        for branches, x, z, stats in reversed(steps):
+            dx, ours = branches.backward(dx.contiguous(), x, z, *stats)
+            gradients = [*ours, *gradients]
+        return dx, None, *gradients
+
+
+def _each(parameters: tuple[Tensor, ...]) -> list[Branches]:
+    """Dense layers one after the other, from their parameters in a row."""
+    return [Branches(1, parameters[i : i + PARAMETERS]) for i in range(0, len(parameters), PARAMETERS)]
+
+
+class PoolAndProject(torch.autograd.Function):
+    """Max pooling that halves each axis, then a point-wise layer [C', C]: [B, D, H, W, C] -> [B, D', H', W', C']."""
+
+    WINDOW = ([3, 3, 3], [2, 2, 2], [1, 1, 1])  # size, stride, padding
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        pooled, places = torch.ops.aten.max_pool3d_with_indices(x.movedim(-1, 1), *PoolAndProject.WINDOW)
+        pooled = pooled.movedim(1, -1).contiguous()  # [B, D', H', W', C]
+        ctx.shape = x.shape
+        ctx.save_for_backward(pooled, places.to(torch.int32), weight)
+        return F.linear(pooled, weight)
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, dy: Tensor):
+        pooled, places, weight = ctx.saved_tensors
+        d_pooled = (dy @ weight).movedim(-1, 1)  # [B, C, D', H', W']
+        shaped = dy.new_empty(ctx.shape).movedim(-1, 1)  # stands for the input, of which only the shape is used
+        dx = torch.ops.aten.max_pool3d_with_indices_backward(
+            d_pooled, shaped, *PoolAndProject.WINDOW, [1, 1, 1], False, places.to(torch.int64)
+        )
+        return dx.movedim(1, -1), dy.flatten(0, 3).T @ pooled.flatten(0, 3)
+
+
+class ResidualBlock(torch.autograd.Function):
+    """x + scale * contract(gelu(expand(normalised branches of x))): [B, D, H, W, C] -> [B, D, H, W, C]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module, scale: Tensor, *parameters: Tensor) -> Tensor:
+        (expand, expand_bias, contract, contract_bias), branches = parameters[:4], Branches(len(scale), parameters[4:])
+        source, factor = x.to(expand.dtype), scale.to(expand.dtype)
+        y, *stats = normalise(branches, branches.convolve(source), layer)
+        inner = F.linear(y, expand, expand_bias)  # [B, D, H, W, ratio * C]
+        outer = F.linear(F.gelu(inner), factor[:, None] * contract, factor * contract_bias)
+        ctx.save_for_backward(source, inner, *stats, scale, *parameters)
+        return outer.to(x.dtype).add_(x)
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, dy: Tensor):
+        source, inner, mean, inverse_std, scale, *parameters = ctx.saved_tensors
+        (expand, _, contract, contract_bias), branches = parameters[:4], Branches(len(scale), parameters[4:])
+        factor = scale.to(expand.dtype)
+        d_outer, inner = dy.to(expand.dtype).flatten(0, 3), inner.flatten(0, 3)  # [P, C], [P, ratio * C]
+        product = (F.gelu(inner).T @ d_outer).T  # [C, ratio * C], for the gradients of `contract` and of the scale
+        total = d_outer.sum(0, dtype=mean.dtype)  # [C]
+        d_scale = (product * contract).sum(1, dtype=mean.dtype) + total * contract_bias
+        d_inner = torch.ops.aten.gelu_backward(d_outer @ (factor[:, None] * contract), inner)  # [P, ratio * C]
+        z = branches.convolve(source)
+        y = branches.normalised_sum(z, mean, inverse_std).flatten(0, 3)  # [P, C]
+        d_branches = (d_inner @ expand).reshape(source.shape)
+        dx, gradients = branches.backward(d_branches, source, z, mean, inverse_std)
+        d_mlp = (d_inner.T @ y, d_inner.sum(0), factor[:, None] * product, (scale * total).to(expand.dtype))
+        return dy + dx, None, d_scale.to(scale.dtype), *d_mlp, *gradients

@@ -1,0 +1,189 @@
+"""The fused training path: gradients, running statistics, memory, and what else takes part in a training step."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from med3dvlm.model.dcformer import DCFormer, Variant
+from med3dvlm.model.fused import moments, training
+from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
+
+TINY = Variant((4, 6, 6, 8, 8), (1, 2, 1, 1), (3, 5, 3, 3), (2, 2, 2, 2), (False, True, True, True))
+
+
+def encoder_of(variant: str | Variant = "phantom") -> DCFormer:
+    encoder = DCFormer.from_variant(variant) if isinstance(variant, str) else DCFormer(variant)
+    return fill_by_rule(encoder, "fused").train()
+
+
+def step(encoder: DCFormer, volume: torch.Tensor, encode=None, autocast: bool = False):
+    """Hidden states, parameter gradients, input gradient and buffers after one step of a copy of the encoder."""
+    encoder, volume = copy.deepcopy(encoder), volume.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden_states = (encode or DCFormer.forward)(encoder, volume)
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(h.shape, generator=generator).to(h.dtype) / h.numel() ** 0.5 for h in hidden_states]
+    torch.autograd.backward(hidden_states, cotangents)
+    gradients = {key: parameter.grad for key, parameter in encoder.named_parameters()}
+    return hidden_states, gradients, volume.grad, dict(encoder.named_buffers())
+
+
+def differences(found: dict, expected: dict) -> list[float]:
+    """Relative L2 distances of gradients, in order; biases in front of a batch norm, whose gradient is 0, left out."""
+    keys = [key for key in expected if not key.endswith(".0.bias") or ".mlp." in key]
+    return sorted(distance(found[key], expected[key]) for key in keys)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def in_float64(encoder, volume):
+    return training.encode(encoder, torch.float64, volume)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 40, 36), (2, 1, 17, 22, 39), (3, 1, 5, 9, 3), (2, 1, 1, 1, 33)])
+@pytest.mark.parametrize("variant", [TINY, "phantom", "nano"], ids=["small stage", "phantom", "nano"])
+def test_a_step_in_float64_is_the_plain_one(variant, shape):
+    encoder, volume = encoder_of(variant).double(), rule_volume("fused", shape).double()
+    encoder.fused = "off"
+    states, gradients, input_gradient, buffers = step(encoder, volume)
+    found_states, found_gradients, found_input_gradient, found_buffers = step(encoder, volume, in_float64)
+    for found, expected in zip(found_states, states, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    assert all(not found_gradients[key].any() for key in gradients if key.endswith(".0.bias") and ".mlp." not in key)
+    assert differences(found_gradients, gradients)[-1] <= 1e-7
+    assert distance(found_input_gradient, input_gradient) <= 1e-7
+    for key, expected in buffers.items():
+        torch.testing.assert_close(found_buffers[key], expected, rtol=1e-10, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", ["phantom", "nano", "naive", pytest.param("tiny", marks=pytest.mark.slow)])
+def test_a_step_in_float32_is_the_plain_one_up_to_rounding(name):
+    encoder, volume = encoder_of(name), rule_volume("fused", (2, 1, 64, 72, 80))
+    states, gradients, input_gradient, buffers = step(encoder, volume, DCFormer._plain)
+    found_states, found_gradients, found_input_gradient, found_buffers = step(encoder, volume)
+    assert type(found_states[0].grad_fn.next_functions[0][0]).__name__ == "DenseLayersBackward", "not the fused path"
+    for found, expected in zip(found_states, states, strict=True):
+        assert relative_deviation(found, expected) <= 5e-6
+    apart = differences(found_gradients, gradients)
+    assert apart[len(apart) // 2] <= 1e-5 and apart[len(apart) * 9 // 10] <= 1e-3
+    assert distance(found_input_gradient, input_gradient) <= 1e-4
+    for key, expected in buffers.items():
+        torch.testing.assert_close(found_buffers[key], expected, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_plain_path():
+    encoder, volume = encoder_of(), rule_volume("fused", (2, 1, 64, 72, 80))
+    _, gradients, input_gradient, _ = step(encoder, volume, DCFormer._plain)
+    plain_states, plain, plain_input, _ = step(encoder, volume, DCFormer._plain, autocast=True)
+    states, found, found_input, _ = step(encoder, volume, autocast=True)
+    assert [state.dtype for state in states] == [state.dtype for state in plain_states]
+    plain, found = differences(plain, gradients), differences(found, gradients)
+    assert found[len(found) // 2] <= 1.2 * plain[len(plain) // 2] and found[-1] <= 1.2 * plain[-1]
+    assert distance(found_input, input_gradient) <= 1.2 * distance(plain_input, input_gradient)
+
+
+def test_gradcheck():
+    encoder, volume = encoder_of(TINY).double(), rule_volume("fused", (2, 1, 10, 9, 12)).double().requires_grad_()
+    names = ["s0.0.0.c1.0.weight", "s0.0.1.c2.0.weight", "s0.0.2.c3.1.weight", "s1.0.scale", "s2.0.proj.weight"]
+    values = [encoder.encoder.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def last_states(volume, *values):
+        replaced = {f"encoder.encoder.{name}": value for name, value in zip(names, values, strict=True)}
+        states = torch.func.functional_call(Caller(encoder), replaced, (volume,))
+        return states[0], states[-1]
+
+    torch.autograd.gradcheck(last_states, (volume, *values), eps=1e-6, atol=1e-4, rtol=1e-3, fast_mode=True)
+
+
+class Caller(torch.nn.Module):
+    def __init__(self, encoder: DCFormer):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, volume):
+        return in_float64(self.encoder, volume)
+
+
+def kept_bytes(encoder: DCFormer, volume: torch.Tensor, encode, autocast: bool) -> int:
+    """Bytes of the activations that the backward pass keeps, each storage once, weights and input left out."""
+    known = {t.untyped_storage().data_ptr() for t in (*encoder.parameters(), *encoder.buffers(), volume)}
+    kept = {}
+
+    def see(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            encode(encoder, volume)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["nano", pytest.param("small", marks=pytest.mark.slow)])
+def test_half_of_the_memory_is_enough(name, autocast):
+    encoder, volume = encoder_of(name), torch.rand(1, 1, 128, 256, 256)
+    plain = kept_bytes(encoder, volume, DCFormer._plain, autocast)
+    assert kept_bytes(encoder, volume, DCFormer.forward, autocast) <= 0.5 * plain
+
+
+def test_gradient_checkpointing_and_a_second_backward_pass():
+    encoder, volume = encoder_of(), rule_volume("fused", (2, 1, 32, 64, 64))
+    _, gradients, _, _ = step(encoder, volume)
+    _, checkpointed, _, _ = step(encoder, volume, lambda e, v: checkpoint(e, v, use_reentrant=False))
+    for key, expected in gradients.items():
+        torch.testing.assert_close(checkpointed[key], expected, msg=key)
+    states = encoder(volume)
+    for _ in range(2):
+        states[-1].sum().backward(retain_graph=True)
+    twice = encoder.encoder["s0"][0][3].c1[0].weight.grad.clone()
+    encoder.zero_grad()
+    states[-1].sum().backward()
+    torch.testing.assert_close(twice, 2 * encoder.encoder["s0"][0][3].c1[0].weight.grad)
+
+
+def test_frozen_parameters_get_no_gradient():
+    encoder, volume = encoder_of(), rule_volume("fused", (2, 1, 32, 64, 64))
+    for name in ("s0", "s2"):
+        encoder.encoder[name].requires_grad_(False)
+    _, gradients, _, _ = step(encoder, volume)
+    for key, gradient in gradients.items():
+        assert (gradient is None) == key.startswith(("encoder.s0.", "encoder.s2.")), key
+
+
+def test_training_mode_without_gradients_updates_the_statistics_as_the_plain_path():
+    encoder, volume = encoder_of(), rule_volume("fused", (2, 1, 32, 64, 64))
+    twin = copy.deepcopy(encoder)
+    with torch.no_grad():
+        encoder(volume)
+        twin._plain(volume)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.buffers(), twin.buffers(), strict=True))
+
+
+def test_partly_trained_layers_and_single_values_take_the_plain_path():
+    encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 32, 64, 64))
+    encoder.encoder["s3"].eval()
+    kept = encoder.encoder["s3"][0].dwconv.c1[1].running_mean.clone()
+    encoder(volume)[-1].sum().backward()
+    assert torch.equal(encoder.encoder["s3"][0].dwconv.c1[1].running_mean, kept)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        encoder_of()(volume[..., :1, :1, :1])
+
+
+def test_moments_are_those_of_the_shifted_columns():
+    x = torch.rand(2, 3, 4, 5, 2)
+    found = moments.along_axes(x)
+    padded = torch.nn.functional.pad(x.double(), (0, 0, 1, 1, 1, 1, 1, 1))
+    for dim, axis in enumerate("dhw", start=1):
+        shifts = [padded.narrow(dim, start, x.shape[dim]) for start in range(3)]
+        for other in {1, 2, 3} - {dim}:
+            shifts = [shift.narrow(other, 1, x.shape[other]) for shift in shifts]
+        rows = torch.cat(shifts, dim=-1).flatten(0, 3)  # [P, 3 * C]
+        torch.testing.assert_close(found.shifted_mean[axis], rows.mean(0))
+        torch.testing.assert_close(found.shifted_second[axis], rows.T @ rows / len(rows))
