@@ -4,8 +4,8 @@
 
 It is bound to 127.0.0.1 and not shared; scans come in by upload only, stay on this machine, and are removed when their
 tab is closed. Without a model the one of the quickstart is taken, or else random weights, which every answer then says.
-For research only, not a medical device. Exit codes: 0 ended, 1 the model cannot be used or the port is taken (one line
-on standard error says why), 2 wrong arguments.
+For research only, not a medical device. Exit codes: 0 ended, 1 the model cannot be used, the port is taken or Gradio is
+missing (one line on standard error says why), 2 wrong arguments.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from med3dvlm.app.sessions import Sessions
@@ -55,7 +56,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             args.port = int(os.environ["GRADIO_SERVER_PORT"])
         except ValueError:
             parser.error(f"GRADIO_SERVER_PORT is not a port: {os.environ['GRADIO_SERVER_PORT']!r}")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f"a port is a number from 1 to 65535, found {args.port}")
+    _check_device(parser, args.device)
     return args
+
+
+def _check_device(parser: argparse.ArgumentParser, name: str) -> None:
+    """An error of the parser unless tensors can be put there; "auto" always can."""
+    import torch
+
+    try:
+        torch.empty(0, device="cpu" if name == "auto" else name)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of them, over many sentences
+        parser.error(f"--device {name} cannot be used here: {str(error).splitlines()[0].split('. ')[0]}")
 
 
 def choose_model(args: argparse.Namespace) -> tuple[Med3DVLM, str, str]:
@@ -103,7 +117,7 @@ def launch(args: argparse.Namespace, sessions: Sessions, name: str, random: str)
     limit = int(args.max_upload_gb * 1e9)
     page = Page(sessions.model, sessions, name, random, find_examples(SAMPLES, QUICKSTART), limit).build()
     hosts = None if args.share else ("127.0.0.1", "localhost")
-    if args.port and not _is_free(args.port):
+    if args.port is not None and not _is_free(args.port):
         raise OSError(f"port {args.port} is taken by another program: give another --port")
     auth = (lambda _, given: secrets.compare_digest(given.encode(), args.password.encode())) if args.password else None
     page.launch(
@@ -146,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The command: `main` with bad input as one line and an exit code."""
+    if find_spec("gradio") is None:
+        print("error: the page needs Gradio: pip install 'med3dvlm[app]'", file=sys.stderr)
+        return 1
     try:
         main(argv)
     except (*BAD_INPUT, ValueError, OSError) as error:  # ValueError: a device or quantization that is not there

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from med3dvlm.app.sessions import Session
 from med3dvlm.app.volumes import write_for_browser
-from med3dvlm.data.volume import Volume, list_series
+from med3dvlm.data.volume import SeriesInfo, Volume, VolumeError, list_series
 from med3dvlm.inference import QuestionError
 
 HEADER_SUFFIXES = (".mhd", ".nhdr", ".hdr")  # of formats whose voxels lie in a second file
@@ -44,9 +44,9 @@ def open_scan(session: Session, source: Path | None, series: str | None = None) 
     if source is None or not source.exists():
         raise QuestionError("The files did not arrive. Open the scan again.")
     path = _volume_path(source)
-    choices = [info for info in list_series(path) if info.usable] if _may_hold_series(path) else []
     session.stop()
     seen = session.chat.set_image(path, series=series)
+    choices = _usable_series(path)
     session.chat.seen = replace(seen, volume=None)  # hundreds of megabytes, which the conversation doesn't need
     volume = seen.volume
     thinned = write_for_browser(session.folder / "scan.nii", volume.array, volume.spacing)
@@ -80,8 +80,14 @@ def _volume_path(source: Path) -> Path:
     return source
 
 
-def _may_hold_series(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() == ".zip"
+def _usable_series(path: Path) -> list[SeriesInfo]:
+    """The DICOM series of a path that a volume was read from; none where that was another format."""
+    if not path.is_dir() and path.suffix.lower() != ".zip":
+        return []
+    try:
+        return [info for info in list_series(path) if info.usable]
+    except VolumeError:  # no DICOM in it: a zip of a NIfTI file, a folder of pictures
+        return []
 
 
 def _looks_like_ct(volume: Volume) -> bool:

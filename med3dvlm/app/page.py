@@ -25,6 +25,7 @@ TEMPLATES = {
     "Abnormality": "What kind of lesion is present?",
     "Location": "Where is the lesion?",
 }
+LONGEST = "Longest answer, in tokens"
 HOW = "A real model: sh scripts/quickstart.sh, or --model_name_or_path."
 FAILED = "That went wrong on our side; the terminal in which the app runs says what. Try again, or another scan."
 UPDATES_PER_SECOND = 20
@@ -103,9 +104,7 @@ class Page:
         with gr.Accordion("Sampling", open=False, elem_id="sampling"):
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-            self.tokens = gr.Slider(
-                1, max(1, context // 2), max(1, min(256, context // 4)), step=1, label="Longest answer, in tokens"
-            )
+            self.tokens = gr.Slider(1, max(1, context // 2), max(1, min(256, context // 4)), step=1, label=LONGEST)
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
 
     # ---------------------------------------------------------------- who answers to what
@@ -210,7 +209,7 @@ class Page:
         try:
             stream = session.chat.stream(question, kind, int(tokens), sampling=sampling)
         except BAD_INPUT as error:
-            reply.update(_note(str(error)))
+            reply.update(_note(str(error).replace("max_new_tokens", f'"{LONGEST}" under "Sampling"')))
             yield session.shown()
             return
         session.stream = stream

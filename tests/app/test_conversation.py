@@ -55,6 +55,7 @@ def test_stop(page, script):
     page.wait_for_selector(".log .assistant footer", timeout=3000)
     message = page.inner_text(".log .assistant")
     assert "Stopped." in message and len(message) < 300
+    page.click("#stop")  # nothing to stop: does nothing
     script.text, script.pause = "the next", 0
     assert ask(page, "And now?") == "the next"
 
@@ -99,6 +100,7 @@ def test_what_cannot_be_asked_is_said(page, script):
     assert "question is empty" in ask(page, "   ")
     text = ask(page, "why " * 2000)
     assert re.search(r"the question has \d+ tokens, \d+ fit", text)
+    assert "Longest answer" in text and "max_new_tokens" not in text  # the name that it has on the page
     script.text = "fine"
     assert ask(page, "And this?") == "fine"
 

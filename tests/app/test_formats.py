@@ -77,6 +77,13 @@ def test_a_zip_of_dicom(page, series, tmp_path):
     assert page.inner_text(".facts .about").startswith("4 × 20 × 24")
 
 
+def test_a_zip_of_another_format(page, scan, tmp_path):
+    with zipfile.ZipFile(tmp_path / "torso.zip", "w") as archive:
+        archive.write(scan, "torso.nii.gz")
+    open_scan(page, tmp_path / "torso.zip")
+    assert page.inner_text(".facts").startswith("torso.zip 24 × 40 × 48") and not page.is_visible(".series")
+
+
 def test_files_that_do_not_belong_together(page, scan, tmp_path):
     for name in ("a.nii.gz", "b.nii.gz"):
         (tmp_path / name).write_bytes(scan.read_bytes())

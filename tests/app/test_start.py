@@ -37,7 +37,13 @@ def test_the_quickstarts_model_is_taken_where_there_is_one(monkeypatch, tmp_path
     assert name == "random weights" and "left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--share"], ["--max_upload_gb", "0"], ["--port", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--share"], ["--max_upload_gb", "0"], ["--port", "x"], ["--port", "0"], ["--port", "65536"],
+        ["--device", "nonsense"],
+    ],
+)  # fmt: skip
 def test_wrong_arguments(arguments, monkeypatch, capsys):
     monkeypatch.delenv(main.PASSWORD_VARIABLE, raising=False)
     with pytest.raises(SystemExit) as stop:
@@ -69,6 +75,12 @@ def test_models_that_cannot_be_used_are_one_sentence(tmp_path, capsys):
         assert main.run(["--model_name_or_path", str(folder)]) == 1
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and "\n" not in error
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(main, "find_spec", lambda name: None)
+    assert main.run([]) == 1
+    assert "pip install" in capsys.readouterr().err
 
 
 def test_examples(tmp_path):
