@@ -126,6 +126,11 @@ def test_exit_codes_and_one_line_about_bad_input(model, scan, tmp_path, capsys):
         assert error.startswith("error: ") and expected in error and "\n" not in error
 
 
+def test_a_device_that_is_not_there_is_one_sentence(model, scan, capsys):
+    assert demo.run(arguments(model, scan, "--question", "Where?", "--device", "nosuch")) == 1
+    assert "device nosuch cannot be used here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

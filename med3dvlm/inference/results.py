@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from med3dvlm.data.volume import Volume, VolumeError
+from med3dvlm.model.published import DeviceError
 from med3dvlm.model.weights import CheckpointError
 
 NOTICE = "For research only. Not a medical device: do not use the answer for diagnosis or treatment."
@@ -23,7 +24,7 @@ class QuantizationError(ValueError):
 
 
 # What users can put right: a scan, a model, a question, how the model is loaded.
-BAD_INPUT = (VolumeError, CheckpointError, QuestionError, QuantizationError)
+BAD_INPUT = (VolumeError, CheckpointError, DeviceError, QuestionError, QuantizationError)
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,28 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[st
     return {key: tensor.to(asked) if tensor.is_floating_point() else tensor.clone() for key, tensor in tensors.items()}
 
 
+class DeviceError(ValueError):
+    """A device that this machine does not have."""
+
+
 def device_of(device_map: torch.device | str | int | None) -> torch.device:
-    """One device for a whole model; "auto" is the first GPU where there is one. Raises TypeError for a dict."""
+    """One device for a whole model; "auto" is the first GPU where there is one.
+
+    Raises:
+        TypeError: a dict.
+        DeviceError: unknown, or not there.
+    """
     if isinstance(device_map, dict):
         raise TypeError('device_map: a model goes to one device as a whole, expected "auto" or a device, found a dict')
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cpu" if device_map is None else device_map)
+    try:
+        device = torch.device("cpu" if device_map is None else device_map)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch built without it, no driver, an unknown name
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise DeviceError(f"device {device_map} cannot be used here: {reason}") from error
+    return device
 
 
 class PublishedLayout:
