@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from med3dvlm.model.dcformer import DCFormer, Variant
-from med3dvlm.model.fused import moments, training
+from med3dvlm.model.fused import branches, moments, training
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
 
 TINY = Variant((4, 6, 6, 8, 8), (1, 2, 1, 1), (3, 5, 3, 3), (2, 2, 2, 2), (False, True, True, True))
@@ -187,3 +187,12 @@ def test_moments_are_those_of_the_shifted_columns():
         rows = torch.cat(shifts, dim=-1).flatten(0, 3)  # [P, 3 * C]
         torch.testing.assert_close(found.shifted_mean[axis], rows.mean(0))
         torch.testing.assert_close(found.shifted_second[axis], rows.T @ rows / len(rows))
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 64, 64, 8), (2, 3, 5, 7, 6), (1, 1, 1, 2, 4)])
+def test_statistics_keep_their_digits_over_many_places(shape):
+    x = torch.randn(shape) * torch.rand(shape[-1]) + 4 * torch.randn(shape[-1])
+    mean, var = branches.mean_and_variance(x, torch.float32)
+    flat = x.double().flatten(0, 3)
+    torch.testing.assert_close(mean.double(), flat.mean(0), rtol=5e-7, atol=1e-6)
+    torch.testing.assert_close(var.double(), flat.var(0, correction=0), rtol=2e-6, atol=1e-9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,9 +62,7 @@ class Branches:
 
     def statistics(self, z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Branch outputs -> their mean and biased variance, [3, C'] each."""
-        unused = torch.zeros_like(self.weights["h"])  # running statistics; their dtype is that of the result
-        both = [torch.batch_norm_update_stats(_flat(z[axis]), unused, unused, 0.0) for axis in AXES]
-        means, variances = zip(*both, strict=True)
+        means, variances = zip(*(mean_and_variance(z[axis], self.weights[axis].dtype) for axis in AXES), strict=True)
         return torch.stack(means), torch.stack(variances)
 
     def normalised_sum(self, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor) -> Tensor:
@@ -92,6 +92,21 @@ class Branches:
         back = {axis: transposed(kernel, self.groups) for axis, kernel in self.kernels.items()}
         dx = AxisSum(back, None, dy.dtype, self.groups, shared_input=False).of(dz)
         return dx, [*d_kernels, *(torch.zeros_like(bias) for bias in self.biases.values()), *d_weights, *d_shifts]
+
+
+def mean_and_variance(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of [B, D, H, W, C] over all places, in `dtype`.
+
+    torch sums channels-last tensors in one go, and over 100,000 float32 values loses two digits. Every 64th place is
+    given to it as a channel of its own, and what it finds is put together in float64.
+    """
+    channels = x.shape[-1]
+    parts = math.gcd(x[..., 0].numel(), 64)
+    unused = torch.zeros(parts * channels, dtype=dtype)  # running statistics, whose dtype is that of the result
+    found = torch.batch_norm_update_stats(_flat(x.reshape(1, -1, 1, 1, parts * channels)), unused, unused, 0.0)
+    means, variances = (part.double().view(parts, channels) for part in found)
+    mean = means.mean(0)
+    return mean.to(dtype), (variances + (means - mean).square()).mean(0).to(dtype)
 
 
 def transposed(kernel: Tensor, groups: int = 1) -> Tensor:
