@@ -25,7 +25,8 @@ def find_examples(samples: Path, quickstart: Path) -> list[Example]:
     """The fetched sample scans, and held-out phantoms of the quickstart; none where neither is there."""
     found = []
     if samples.is_dir():
-        found = [Example(p.name, p) for p in sorted(samples.iterdir()) if p.is_dir() or ".nii" in p.suffixes]
+        shown = [path for path in sorted(samples.iterdir()) if not path.name.startswith(".")]  # hidden: being fetched
+        found = [Example(path.name, path) for path in shown if path.is_dir() or ".nii" in path.suffixes]
     manifest = quickstart / "data/M3D_Cap_npy/M3D_Cap.json"
     if manifest.is_file():
         cases = json.loads(manifest.read_text(encoding="utf-8"))["test"][:PHANTOMS]
