@@ -5,13 +5,15 @@ import io
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from med3dvlm.data.data_card import Written, draw_splits, split_rule, write_data_card
 from med3dvlm.data.files import write_bytes
 from med3dvlm.data.ledger import FAILED, read_ledgers
 from med3dvlm.data.manifest import REQUIRED_COLUMNS
 from med3dvlm.data.profile import DataProfile, write_preparation
-from med3dvlm.data.sources.base import CHOICES, SPLITS, Case, Collection, Question, draw_split
+from med3dvlm.data.sources.base import CHOICES, SPLITS, Case, Collection, Question
 from med3dvlm.data.sources.m3d import MANIFEST
 from med3dvlm.data.volume import PREPARED_ERROR
 from med3dvlm.data.work import Options
@@ -23,7 +25,7 @@ ROUNDING = 1e-6  # of float32 arithmetic, in a range of 1
 
 
 def write_outputs(collection: Collection, options: Options, fractions: tuple[float, float, float]) -> list[str]:
-    """Write `M3D_Cap.json`, `M3D_VQA_*.csv` and `preparation.json` from what the ledgers say. Returns notes.
+    """Write manifests, `preparation.json` and `data_card.md` from what the ledgers say. Returns notes.
 
     fractions: of the splits train, validation and test, for cases that come without.
     """
@@ -31,14 +33,11 @@ def write_outputs(collection: Collection, options: Options, fractions: tuple[flo
     for volume, line in sorted(read_ledgers(options.output).items()):
         if line["status"] != FAILED and (options.output / volume).is_file():
             done[line["case"]].append(line)
-    splits = {case.folder: case.split or draw_split(case.group or case.folder, fractions) for case in collection.cases}
-    notes = []
-    if collection.manifest is not None:
-        _copy_manifest(collection.manifest, options.output / MANIFEST)
-    else:
-        notes += _write_manifest(collection.cases, done, splits, options.output)
-    notes += _write_questions(collection, done, splits, options.output)
     lines = [line for case in collection.cases for line in done[case.folder]]
+    written = Written(options.output, draw_splits(collection, fractions))
+    for line in lines:
+        written.add(line["case"], line["volume"].removesuffix(".nii.gz"), line["volume"])
+    notes = write_manifests(collection, written)
     profile = DataProfile.from_summaries(line["summary"] for line in lines if line.get("summary"))
     write_preparation(
         options.output,
@@ -50,12 +49,35 @@ def write_outputs(collection: Collection, options: Options, fractions: tuple[flo
         max_abs_error=PREPARED_ERROR[options.dtype] + ROUNDING,
         max_abs_error_meaning="largest difference from the float32 result, whose range is 0..1",
         reading=options.changed_reading,
-        cases=sum(bool(done[case.folder]) for case in collection.cases),
+        cases=len(written.volumes),
         volumes=len(lines),
         bytes=sum(line.get("bytes", 0) for line in lines),
-        cases_by_split=dict(Counter(splits[case.folder] for case in collection.cases if done[case.folder])),
-        split_by="source" if all(case.split for case in collection.cases) else "hash of the patient or case",
+        cases_by_split=dict(Counter(written.splits[case] for case in written.volumes)),
+        split_by=split_rule(collection),
     )
+    checks = (f"every volume was read whole; pipeline: {options.config}, stored as {options.dtype}",)
+    write_data_card(collection, written, profile, fractions, checks, notes)
+    return notes
+
+
+def write_manifests(collection: Collection, written: Written) -> list[str]:
+    """Write `M3D_Cap.json`, `M3D_VQA_*.csv`, and where there is something for them `labels.csv` and `unmatched.csv`.
+
+    Volumes and texts are there already. Returns notes.
+    """
+    output, notes = written.output, []
+    if collection.manifest is not None:
+        _copy_manifest(collection.manifest, output / MANIFEST)
+    else:
+        notes += _write_manifest(collection.cases, written)
+    notes += _write_questions(collection, written)
+    images = {image: name for image, name in written.images.items() if image in collection.labels}
+    if images:
+        labels = list(dict.fromkeys(label for image in images for label in collection.labels[image]))
+        rows = [[name, *(collection.labels[i].get(label, "") for label in labels)] for i, name in images.items()]
+        _write_table(output / "labels.csv", [[REQUIRED_COLUMNS[0], *labels], *rows])
+    if collection.unmatched:
+        _write_table(output / "unmatched.csv", [["name", "reason"], *collection.unmatched])
     return notes
 
 
@@ -65,17 +87,18 @@ def _copy_manifest(source: Path, target: Path) -> None:
         write_bytes(target, source.read_bytes())
 
 
-def _write_manifest(cases: list[Case], done: dict[str, list[dict]], splits: dict[str, str], output: Path) -> list[str]:
+def _write_manifest(cases: list[Case], written: Written) -> list[str]:
     """One entry for every volume that has a report."""
+    output = written.output
     manifest: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     without = 0
     for case in cases:
-        text = f"{case.folder}/text.txt"
+        volumes, text = written.volumes.get(case.folder, []), f"{case.folder}/text.txt"
         if not (output / text).is_file():
-            without += len(done[case.folder])
+            without += len(volumes)
             continue
-        manifest[splits[case.folder]] += [
-            {"image": f"{output.name}/{line['volume']}", "text": f"{output.name}/{text}"} for line in done[case.folder]
+        manifest[written.splits[case.folder]] += [
+            {"image": f"{output.name}/{volume}", "text": f"{output.name}/{text}"} for volume in volumes
         ]
     _write_if_changed(output / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
     notes = [f"{without} volumes have no report, and are not in {MANIFEST}"] if without else []
@@ -83,28 +106,34 @@ def _write_manifest(cases: list[Case], done: dict[str, list[dict]], splits: dict
     return notes + ([f"{MANIFEST} has nothing under {' and '.join(empty)}"] if empty else [])
 
 
-def _write_questions(
-    collection: Collection, done: dict[str, list[dict]], splits: dict[str, str], output: Path
-) -> list[str]:
-    """Questions with choices to M3D_VQA_<split>.csv, the others to M3D_VQA_open_<split>.csv."""
-    prepared = {line["volume"]: case for case, lines in done.items() for line in lines}
+def _write_questions(collection: Collection, written: Written) -> list[str]:
+    """Questions with choices to M3D_VQA_<split>.csv, the others to M3D_VQA_open_<split>.csv.
+
+    Both tables of the train split are there even if they are empty, because fine-tuning reads them; not for M3D, whose
+    tables come with it.
+    """
     tables: dict[str, list[list[str]]] = defaultdict(list)
+    if collection.kind != "m3d":
+        tables |= {"M3D_VQA_train.csv": [], "M3D_VQA_open_train.csv": []}
     left_out = 0
     for split, questions in collection.questions.items():
         for question in questions:
-            volume = f"{question.image}.nii.gz"
-            if volume not in prepared:
+            if question.image not in written.images:
                 left_out += 1
                 continue
-            name = TABLE_NAMES[split or splits[prepared[volume]]]
+            name = TABLE_NAMES[split or written.splits[written.cases[question.image]]]
             tables[f"M3D_VQA_{name}.csv" if question.choices else f"M3D_VQA_open_{name}.csv"].append(
-                _cells(question, f"{output.name}/{volume}")
+                _cells(question, written.images[question.image])
             )
     for name, rows in sorted(tables.items()):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        _write_if_changed(output / name, text.getvalue())
+        _write_table(written.output / name, [COLUMNS, *rows])
     return [f"{left_out} questions are left out: their volume is not prepared"] if left_out else []
+
+
+def _write_table(path: Path, rows: Iterable[Sequence]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _write_if_changed(path, text.getvalue())
 
 
 def _cells(question: Question, image: str) -> list[str]:

@@ -4,10 +4,9 @@
 
 The input is recognised: a raw M3D tree, CT-RATE, AMOS-MM, a list of volumes (CSV, JSONL), or a tree of any volumes,
 such as a hospital's export of DICOM. `OUT/<case>/<series>.nii.gz` and `OUT/<case>/text.txt` are written,
-`OUT/M3D_Cap.json` in the published layout, `OUT/M3D_VQA_*.csv` where the input has questions, and
-`OUT/preparation.json`, which says how it was done. What is finished, made with the same options and newer than its
-source is not done again; every volume is entered in `OUT/ledger.jsonl`. The run may be ended at any moment, however
-hard, and started again.
+`OUT/M3D_Cap.json` in the published layout, `OUT/M3D_VQA_*.csv`, `OUT/preparation.json`, which says how it was done, and
+`OUT/data_card.md`. What is finished, made with the same options and newer than its source is not done again; every
+volume is entered in `OUT/ledger.jsonl`. The run may be ended at any moment, however hard, and started again.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,7 @@ from med3dvlm.data.ledger import DONE, FAILED, SKIPPED, Entry, Ledger, LedgerErr
 from med3dvlm.data.outputs import write_mapping, write_outputs
 from med3dvlm.data.prepare_arguments import parse_arguments
 from med3dvlm.data.sources import Collection, SourceError, SourceOptions, collect
-from med3dvlm.data.volume import reading_options
+from med3dvlm.data.volume import VolumeError, reading_options
 from med3dvlm.data.work import DISK_FULL, CaseWorker, DiskFull, Options, Started, Task, find_items
 from med3dvlm.data.workers import Death, run_tasks
 
@@ -159,12 +158,24 @@ def describe(collection: Collection, cases: list, options: Options) -> str:
 
 def main(argv=None) -> int:
     """The command line. Returns the exit code: 0 where everything was prepared, 1 where something was not."""
-    arguments = parse_arguments(argv)
+    return carry_out(parse_arguments(argv), run)
+
+
+def carry_out(arguments: argparse.Namespace, run: Callable[[argparse.Namespace, Collection, Options], int]) -> int:
+    """Find out what the input holds, and `run`. Returns its exit code, or 1, with a sentence on stderr, for bad input.
+
+    run: what is done with the arguments, what was found, and the options of the work.
+    """
     if arguments.download:
         download(arguments.download, arguments.input_dir)
+    given = ("questions", "reports", "key_file", "hash_ids", "dry_run")
+    source = SourceOptions(columns=dict(arguments.columns), **{name: getattr(arguments, name) for name in given})
     try:
-        return _run(arguments)
-    except (SourceError, LedgerError) as error:
+        collection = collect(Path(arguments.input_dir), arguments.source, source)
+        output = Path(arguments.output_dir).resolve()
+        options = Options(collection.root, output, arguments.config, arguments.dtype, reading_options(arguments))
+        return run(arguments, collection, options)
+    except (SourceError, LedgerError, VolumeError) as error:
         print(error, file=sys.stderr)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -173,12 +184,9 @@ def main(argv=None) -> int:
     return 1
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    root, output = Path(arguments.input_dir), Path(arguments.output_dir).resolve()
-    given = ("questions", "reports", "key_file", "hash_ids", "dry_run")
-    source = SourceOptions(columns=dict(arguments.columns), **{name: getattr(arguments, name) for name in given})
-    collection = collect(root, arguments.source, source)
-    options = Options(collection.root, output, arguments.config, arguments.dtype, reading_options(arguments))
+def run(arguments: argparse.Namespace, collection: Collection, options: Options) -> int:
+    """Prepare what was found, and write what belongs to it. Returns the exit code."""
+    output = options.output
     cases = chosen(collection, arguments.shard, arguments.limit)
     if arguments.dry_run:
         print(describe(collection, cases, options))

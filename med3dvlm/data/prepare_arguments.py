@@ -11,10 +11,12 @@ DEFAULT_INPUTS = ("data/M3D-Cap", "data/M3D_Cap")
 DEFAULT_OUTPUT = "data/M3D_Cap_npy"
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Prepare a data set: volumes of any form become small NIfTI files, with reports and a manifest."
-    )
+PURPOSE = "Prepare a data set: volumes of any form become small NIfTI files, with reports and a manifest."
+
+
+def parse_arguments(argv=None, purpose: str = PURPOSE) -> argparse.Namespace:
+    """Parse and check; `config`, the pipeline, is added to what was given. purpose: the first line of --help."""
+    parser = argparse.ArgumentParser(description=purpose)
     inputs = f"data set, folder or list (default: {' or '.join(DEFAULT_INPUTS)})"
     parser.add_argument("--input_dir", "--input", help=inputs)
     parser.add_argument("--output_dir", default=DEFAULT_OUTPUT, help="the prepared tree (default: %(default)s)")

@@ -14,6 +14,7 @@ from med3dvlm.data.presets import PUBLISHED_SIZE, PreprocessConfig
 from med3dvlm.data.volume import Volume, VolumeError
 
 _MR_PERCENTILES = (0.5, 99.5)
+_CHUNK_VOXELS = 1 << 22  # that pass through MONAI at once
 _LEAST_CONTRAST = 0.01  # of the range 0..1; what a window leaves of a volume that has no HU
 
 
@@ -52,6 +53,45 @@ def build_pipeline(config: PreprocessConfig):
     return Compose(stages)
 
 
+def scale_intensity(image: torch.Tensor, config: PreprocessConfig) -> torch.Tensor:
+    """What the first stage of `build_pipeline(config)` makes of `[1, D, H, W]`, to the bit, with less memory.
+
+    What `config.crop` will cut off is left out at once, and the rest goes some planes at a time through MONAI, which
+    makes several copies of what it scales.
+    """
+    from monai.transforms import ScaleIntensityRange
+    from monai.transforms.utils_pytorch_numpy_unification import percentile
+
+    if config.preset == "published":
+        low, high = torch.aminmax(image)
+    elif config.preset == "mr":
+        low, high = (percentile(image, share) for share in _MR_PERCENTILES)
+    else:
+        low, high = config.hu_range
+    scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=config.preset != "published")
+    if config.crop:
+        image = image[(slice(None), *_box_above(image[0], low))]
+    scaled = torch.empty_like(image, memory_format=torch.contiguous_format)
+    step = max(1, _CHUNK_VOXELS // image[0, 0].numel())  # planes
+    for first in range(0, image.shape[1], step):
+        planes = slice(first, first + step)
+        scaled[:, planes] = scale(image[:, planes]).as_tensor()
+    return scaled
+
+
+def _box_above(image: torch.Tensor, floor) -> tuple[slice, ...]:
+    """The smallest box of `[D, H, W]` with all values above `floor`; everything where there are none."""
+    rows, columns = (torch.zeros(n, dtype=torch.bool) for n in image.shape[1:])
+    planes = []
+    for plane in image:  # one at a time: a mask of everything would take a quarter of the memory of the volume
+        above = plane > floor
+        rows |= above.any(1)
+        columns |= above.any(0)
+        planes.append(bool(above.any()))
+    inside = [along.nonzero().flatten().tolist() for along in (torch.tensor(planes), rows, columns)]
+    return tuple(slice(found[0], found[-1] + 1) if found else slice(None) for found in inside)
+
+
 def scale_to_fit(image, size: tuple[int, int, int]):
     """Scale a MetaTensor `[1, D, H, W]` to voxels of one length on all axes, as large as fits into `size`."""
     from monai.transforms import Resize
@@ -87,7 +127,7 @@ def preprocess(volume: Volume | np.ndarray, preset="published", size=PUBLISHED_S
             )
         return resize(image, config.size)[None]  # [1, D, H, W]
     _check_contrast(name, low, high, config)
-    return _run(build_pipeline(config), image, volume.spacing, name)  # [1, D, H, W]
+    return _run(config, image, volume.spacing, name)  # [1, D, H, W]
 
 
 def resize(image: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
@@ -112,12 +152,13 @@ def _check_contrast(name: str, low: float, high: float, config: PreprocessConfig
         )
 
 
-def _run(pipeline, image: torch.Tensor, spacing, name: str) -> torch.Tensor:
-    """Send `[D, H, W]` through a pipeline. Raises VolumeError where percentiles leave nothing to scale by."""
+def _run(config: PreprocessConfig, image: torch.Tensor, spacing, name: str) -> torch.Tensor:
+    """Send `[D, H, W]` through the pipeline. Raises VolumeError where percentiles leave nothing to scale by."""
     from monai.data import MetaTensor
 
     affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
-    result = pipeline(MetaTensor(image[None], affine=affine)).as_tensor()
+    scaled = MetaTensor(scale_intensity(image[None], config), affine=affine)  # [1, D, H, W]
+    result = build_pipeline(config)(scaled, start=1).as_tensor()
     low, high = (value.item() for value in torch.aminmax(result))
     if low < -1e-4 or high > 1 + 1e-4 or not high > low:
         raise VolumeError(f"{name}: nearly all of its values are the same, there is nothing to see")

@@ -129,13 +129,14 @@ def input_warnings(volume: Volume, config: PreprocessConfig, profile: DataProfil
 
     config: the pipeline that the volume goes through. profile: of the model's training data.
     """
-    span = float(volume.array.max()) - float(volume.array.min())
+    extremes = float(volume.array.min()), float(volume.array.max())
+    span = extremes[1] - extremes[0]
     if volume.prepared:
         found = [check_preparation(volume, config)]
     else:
         summary = summarize(volume)
         found = [
-            _about_modality(volume, summary, profile) or _about_values(summary, span, config, profile),
+            _about_modality(volume, summary, profile) or _about_values(volume, extremes, summary, config, profile),
             _about_spacing(summary, config, profile),
             _about_slices(summary, profile),
         ]
@@ -154,12 +155,21 @@ def _about_modality(volume: Volume, summary: dict, profile: DataProfile) -> str 
     return f"intensities look like {modality}, the model was trained on {trained}{doubt}"
 
 
-def _about_values(summary: dict, span: float, config: PreprocessConfig, profile: DataProfile) -> str | None:
+def _about_values(
+    volume: Volume, extremes: tuple[float, float], summary: dict, config: PreprocessConfig, profile: DataProfile
+) -> str | None:
     kind, (low, *_, high) = summary["values"], summary["percentiles"]
+    span = extremes[1] - extremes[0]
     if config.hu_range is not None and kind == "counts" and _without_air(low, high):
         return (
             f"preset {config.preset} expects HU, but nothing lies far below 0, as air (-1000) would: this is no CT, "
-            "or the intercept of its values (often -1024) was lost"
+            "or the intercept of its values (often -1024) was lost, or all below 0 was cut off"
+        )
+    trained = profile.values == "HU"
+    if (trained or config.hu_range is not None) and kind == "counts" and _no_hu(volume, extremes, config):
+        return (
+            f"values lie within {extremes[0]:g}..{extremes[1]:g}, as 8-bit grey or labels do, and seem to be no HU, "
+            f"which {'the model was trained on' if trained else f'preset {config.preset} expects'}: give the original"
         )
     if kind == "HU" and profile.values == "0..1" and config.preset == "published" and span > 2 * _SOFT_TISSUE_HU:
         return (
@@ -255,6 +265,15 @@ def _guess_modality(kind: str, low: float, high: float) -> str:
 def _without_air(low: float, high: float) -> bool:
     """No 8-bit grey, and nothing as far below 0 as air and fat in HU; interpolation may have undershot a little."""
     return high > _LARGEST_GREY and low >= -0.02 * high
+
+
+def _no_hu(volume: Volume, extremes: tuple[float, float], config: PreprocessConfig) -> bool:
+    """Only values that 8 bits hold: bone and metal of a CT lie above them, even where it was cut off at 0.
+
+    Not so where the file says HU, or where the very window of the pipeline was applied before.
+    """
+    low, high = extremes
+    return volume.units != "HU" and low >= -0.02 * high and high <= _LARGEST_GREY and extremes != config.hu_range
 
 
 def _has_spacing(volume: Volume) -> bool:

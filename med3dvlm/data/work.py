@@ -176,6 +176,8 @@ class CaseWorker:
                 one = replace(item, path=folder, name=name, files=item.files or (item.path,))
                 if series.usable:
                     yield from self._volume(task, one, self.options.reading | {"series": series.number})
+                elif series.damaged:
+                    yield self._entry(task.case, one, "", FAILED, series.reason)
                 else:
                     yield self._entry(task.case, one, "", SKIPPED, f"left out: {series.reason}")
 
@@ -223,7 +225,9 @@ class CaseWorker:
         volume = load_volume(item.path, **reading)
         if item.rescale is not None:
             slope, intercept = (np.float32(number) for number in item.rescale)
-            volume = replace(volume, array=volume.array * slope + intercept, units="HU", modality="CT")
+            np.multiply(volume.array, slope, out=volume.array)  # in place: a copy would take as much again
+            np.add(volume.array, intercept, out=volume.array)
+            volume = replace(volume, units="HU", modality="CT")
         image = preprocess(volume, self.options.config)  # [1, D, H, W]
         return image[0].numpy(), summarize(volume), volume.warnings
 

@@ -30,7 +30,16 @@ def four_dimensional(folder, vary: str, values, **tags):
         ("AcquisitionNumber", [4, 5], "0: AcquisitionNumber 4 .5 slices.; 1: AcquisitionNumber 5"),
         ("EchoTime", [9.5, 20], "0: EchoTime 9.5"),
         ("ConvolutionKernel", ["B60f", "Doe^Jane"], "0: ConvolutionKernel .5 slices.; 1: ConvolutionKernel .5 slices"),
-        ("ImageType", [["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]], "ImageType"),
+        (
+            "ImageType",
+            [["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]],
+            r"0: ImageType ORIGINAL.PRIMARY.M .5 slices.; 1: ImageType ORIGINAL.PRIMARY.P ",
+        ),
+        (
+            "ImageType",
+            [["ORIGINAL", "PRIMARY", "AXIAL"], ["ORIGINAL", "PRIMARY", "DOE JANE"]],
+            r"0: ImageType ORIGINAL.PRIMARY.AXIAL .5 slices.; 1: ImageType ORIGINAL.PRIMARY.another image type .5 ",
+        ),
     ],
 )
 def test_several_volumes_need_a_frame(tmp_path, vary, values, shown):

@@ -73,7 +73,8 @@ def test_tree_texts_and_folded_names(raw, tmp_path):
     found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert found == [
         "M3D_Cap.json", "ct_case/000001/Axial_C.nii.gz", "ct_case/000001/Sagittal_A.nii.gz", "ct_case/000001/text.txt",
-        "ct_quizze/000002/Axial_C.nii.gz", "ct_quizze/000002/text.txt", "ledger.jsonl", "preparation.json",
+        "ct_quizze/000002/Axial_C.nii.gz", "ct_quizze/000002/text.txt", "data_card.md", "ledger.jsonl",
+        "preparation.json",
     ]  # fmt: skip
     assert (tmp_path / "out/ct_case/000001/text.txt").read_text() == "A cyst in the liver."
     image = nib.load(tmp_path / "out/ct_case/000001/Axial_C.nii.gz")

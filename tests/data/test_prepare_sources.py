@@ -251,6 +251,33 @@ def test_damaged_files_cost_no_other_case(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_study_of_damaged_files_only_has_failed(tmp_path, capsys):
+    export(tmp_path / "in/1", 1, 1)
+    (file, *others) = sorted(export(tmp_path / "in/2", 2, 2).iterdir())
+    for other in others:
+        other.unlink()
+    file.write_bytes(file.read_bytes()[:700])  # a header without pixels
+    assert run(tmp_path / "in", tmp_path / "out") == 1
+    lines = [json.loads(line) for line in (tmp_path / "out/ledger.jsonl").read_text().splitlines()]
+    (failed,) = [line for line in lines if line["status"] == "failed"]
+    assert "cannot be parsed" in failed["reason"] and "1 could not be prepared" in capsys.readouterr().err
+
+
+def test_a_patient_in_folders_and_in_an_archive_is_one(tmp_path):
+    reports = write_table(tmp_path / "r.csv", [[f"A{n}", f"Report {n}."] for n in (1, 2, 3)],
+                          ["AccessionNumber", "report"])  # fmt: skip
+    export(tmp_path / "in/one", 1, 1)
+    export(tmp_path / "in/other", 2, 3)
+    zipped = export(tmp_path / "files", 1, 2)
+    with zipfile.ZipFile(tmp_path / "in/more.zip", "w") as archive:
+        for file in sorted(zipped.iterdir()):
+            archive.write(file, f"Planted/{file.name}")
+    out = tmp_path / "out"
+    assert run(tmp_path / "in", out, "--reports", str(reports)) == 0
+    found = {(file.parent / "text.txt").read_text(): file.relative_to(out).parts[0] for file in out.rglob("*.nii.gz")}
+    assert found["Report 1."] == found["Report 2."] != found["Report 3."]
+
+
 def test_two_reports_for_one_study_are_refused(tmp_path, capsys):
     export(tmp_path / "in", 1, 1)
     table = write_table(tmp_path / "r.csv", [["A1", "One."], ["A1", "Two."]], ["AccessionNumber", "report"])

@@ -283,6 +283,39 @@ def test_the_documentation_has_every_preset_and_its_examples_work(tmp_path, monk
     assert found["image"].shape == (1, 128, 256, 256)
 
 
+@pytest.mark.parametrize("preset", ["published", "mr", "ct_abdomen", "window"])
+@pytest.mark.parametrize("crop, keep_aspect", [(True, False), (False, False), (True, True)])
+def test_planes_taken_one_by_one_change_no_bit(monkeypatch, preset, crop, keep_aspect):
+    """Against the whole pipeline as one Compose; the body lies away from all edges, so that cropping matters."""
+    from monai.data import MetaTensor
+
+    monkeypatch.setattr("med3dvlm.data.preprocess._CHUNK_VOXELS", 500)
+    array = np.random.default_rng(0).normal(30, 300, (21, 18, 20)).astype(np.float32)
+    for face in (np.s_[:3], np.s_[-2:], np.s_[:, :2], np.s_[:, -4:], np.s_[:, :, :5], np.s_[:, :, -1:]):
+        array[face] = -1500  # the minimum
+    window = (40.1, 333.3) if preset == "window" else None
+    config = PreprocessConfig(preset, (8, 16, 12), window, keep_aspect, crop)
+    affine = torch.diag(torch.tensor([3.0, 0.7, 0.8, 1.0], dtype=torch.float64))
+    expected = build_pipeline(config)(MetaTensor(torch.from_numpy(array.clip(-1500))[None], affine=affine)).as_tensor()
+    before = array.copy()
+    assert torch.equal(preprocess(Volume(array, (3.0, 0.7, 0.8)), config), expected.clamp(0, 1))
+    assert np.array_equal(array, before)  # a caller's volume stays as it is
+
+
+def test_the_memory_for_a_large_volume_is_bounded():
+    """Besides the volume (4 bytes a voxel) about 6 more; MONAI's stages on the whole volume took 12."""
+    code = (
+        "import resource; import numpy as np, monai.transforms; from med3dvlm.data.preprocess import preprocess\n"
+        "array = np.random.default_rng(0).random((160, 400, 400), dtype=np.float32); array[0] = 0\n"
+        "preprocess(array[:9], size=(8, 16, 16))\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = peak()\n"
+        "preprocess(array, size=(8, 16, 16)); print((peak() - before) / array.size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 9
+
+
 def test_pipeline_is_a_monai_compose_made_once():
     from monai.transforms import Compose, CropForeground, ScaleIntensityRange
 

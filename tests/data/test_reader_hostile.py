@@ -196,7 +196,7 @@ def hostile_files(folder: Path) -> dict[str, str]:
 
 
 READ_ALL = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 from med3dvlm.data.volume import VolumeError, load_volume
 folder, found = Path(sys.argv[1]), {}
@@ -206,7 +206,9 @@ for name in json.loads(sys.argv[2]):
         found[name] = "was read"
     except VolumeError as error:
         found[name] = str(error)
-print(json.dumps([found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+# Not ru_maxrss: that of a child begins at what its parent held when it was started.
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([found, peak]))
 """
 
 

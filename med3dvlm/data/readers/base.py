@@ -79,6 +79,7 @@ class SeriesInfo:
     number: the header's SeriesNumber where those of all usable series are positive and differ, else 1, 2, ... in the
         order of the listing. None where there is none: a file that cannot be parsed, or one that is no volume.
     shape: `(slices, rows, columns)`; spacing: mm in the same order. usable: it can be read as a volume, else `reason`.
+    damaged: a file that cannot be parsed, so that nobody knows what it was.
     """
 
     uid: str
@@ -90,6 +91,7 @@ class SeriesInfo:
     usable: bool
     reason: str = ""
     description: str = ""
+    damaged: bool = False
 
 
 @contextmanager

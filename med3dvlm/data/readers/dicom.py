@@ -39,7 +39,7 @@ def list_dicom_series(path) -> list[SeriesInfo]:
     listing = [describe(number, stack) for number, stack in zip(found.numbers, found.stacks, strict=True)]
     for name in found.broken:
         reason = f"{name} cannot be parsed"
-        listing.append(SeriesInfo("", None, "", 1, (1, 0, 0), (1.0, 1.0, 1.0), usable=False, reason=reason))
+        listing.append(SeriesInfo("", None, "", 1, (1, 0, 0), (1.0, 1.0, 1.0), False, reason, damaged=True))
     return listing
 
 

@@ -13,6 +13,7 @@ from med3dvlm.data.readers.dicom_header import NO_PIXELS, VOLUME_TAGS, parsing, 
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # the single-frame class; the numbers of the others continue it
 NO_IMAGES = {"SEG": "a segmentation", "RTDOSE": "a radiation dose", "SC": "a secondary capture"}  # by Modality
+TEXTS = ("SR", "KO", "PR", "DOC", "REG", "PLAN", "RTPLAN", "RTSTRUCT")  # Modality of files that need no pixels
 NO_SLICES = {  # by words of ImageType
     "LOCALIZER": "a localizer", "SCOUT": "a localizer", "TOPOGRAM": "a localizer", "SCREEN SAVE": "a screen capture",
     "DOSE_INFO": "a dose report", "PROJECTION IMAGE": "a projection",
@@ -83,7 +84,7 @@ def read_planes(path: Path) -> list[Plane]:
         header, pixels = read_header(path)
         if header is None:
             return []
-        if pixels == NO_PIXELS and "Rows" in header:
+        if pixels == NO_PIXELS and "Rows" in header and header.get("Modality") not in TEXTS:
             raise VolumeError(f"{path}: truncated: it describes an image and ends before the pixels")
         reason = _why_no_image(header, pixels)
         if reason:

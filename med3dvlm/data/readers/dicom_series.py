@@ -15,6 +15,15 @@ from med3dvlm.data.readers.dicom_header import VOLUME_TAGS, is_dicom_file
 from med3dvlm.data.readers.dicom_planes import Plane, read_planes
 
 NUMBER = re.compile(r"[-+]?\d{1,12}(\.\d*)?(e[-+]?\d{1,2})?", re.ASCII)
+IMAGE_TYPES = ("ImageType", "FrameType")
+IMAGE_WORDS = frozenset(  # of these two tags, as the standard and the vendors use them; anybody may add others
+    "ORIGINAL DERIVED PRIMARY SECONDARY MIXED AXIAL CORONAL SAGITTAL OBLIQUE LOCALIZER SCOUT VOLUME MPR MIP MINIP MEAN "
+    "PROJECTION RESAMPLED REFORMATTED AVERAGE SUBTRACTION ADDITION DIVISION NONE OTHER STATIC DYNAMIC GATED "
+    "ATTENUATION EMISSION TRANSMISSION M P R I MAGNITUDE PHASE REAL IMAGINARY COMPLEX W F FF IP OP WATER FAT "
+    "FAT_FRACTION IN_PHASE OUT_PHASE OPP_PHASE NORM ND DIS2D DIS3D MOSAIC FFE M_FFE P_FFE M_SE SE M_IR T1 T2 "
+    "T2_STAR T1_MAP T2_MAP DIFFUSION ADC TRACEW TENSOR FA EADC ISOTROPIC ANISOTROPIC PERFUSION ANGIO TIME "
+    "MONOENERGETIC IODINE VIRTUAL_NON_CONTRAST HU".split()
+)
 SAME_PLACE = 0.01  # mm between slices that lie at the same position
 SAME_DIRECTION = 0.002  # difference of direction cosines within a stack
 
@@ -201,11 +210,19 @@ def _by_turns(planes: list[Plane], places, unique: list[int]) -> dict[int, tuple
 
 
 def _text(label: tuple) -> str:
-    """Numbers and image types are shown; other texts could be anything that somebody typed."""
+    """Numbers and known words of image types are shown; other texts could be anything that somebody typed."""
     shown = (
-        (tag, value if tag in ("ImageType", "FrameType") or NUMBER.fullmatch(value) else "") for tag, value in label
+        (tag, _image_type(value) if tag in IMAGE_TYPES else value if NUMBER.fullmatch(value) else "")
+        for tag, value in label
     )
     return ", ".join(f"{tag} {value}".rstrip() for tag, value in shown)
+
+
+def _image_type(value: str) -> str:
+    r"""ORIGINAL\PRIMARY\M, with "another image type" for all that is in no vocabulary."""
+    words = re.findall(r"\w+", value)
+    unknown = not IMAGE_WORDS.issuperset(words)
+    return "\\".join([word for word in words if word in IMAGE_WORDS] + ["another image type"] * unknown)
 
 
 def _in_order(label: tuple) -> list:

@@ -1,10 +1,10 @@
 """The forms of input that preparation takes. Each has a module with `recognise(root)` and `read(root, options)`."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from med3dvlm.data.sources import amos_mm, ct_rate, m3d, table, volumes
-from med3dvlm.data.sources.base import Collection, SourceError, SourceOptions
+from med3dvlm.data.sources.base import Case, Collection, SourceError, SourceOptions
 
 __all__ = ["SOURCES", "Collection", "SourceError", "SourceOptions", "collect", "recognise"]
 
@@ -34,4 +34,36 @@ def collect(root: Path, kind: str, options: SourceOptions) -> Collection:
     doubled = [folder for folder, count in folders.items() if count > 1]
     if doubled:
         raise SourceError(f"{root}: several cases would be written to {', '.join(doubled[:5])}; rename their folders")
+    refuse_leakage(collection)
     return collection
+
+
+def refuse_leakage(collection: Collection) -> None:
+    """Leave out, with a note, questions of one split about cases of another, where one of the two is for training.
+
+    Raises SourceError where a patient has cases in several splits, or one file belongs to two patients.
+    """
+    places: dict[str, dict[str, str]] = defaultdict(dict)  # patient -> split -> a case
+    owners: dict[Path, Case] = {}
+    for case in collection.cases:
+        group = case.group or case.folder
+        places[group].setdefault(case.split, case.folder)
+        for item in () if case.hidden else case.items:
+            owner = owners.setdefault(item.path.resolve(), case)
+            if (owner.group or owner.folder) != group:
+                raise SourceError(f"{item.path}: belongs to two patients, of {owner.folder} and of {case.folder}")
+    divided = [found for found in places.values() if len(found) > 1]
+    if divided:
+        example = " and ".join(f"{folder} ({split or 'no split'})" for split, folder in divided[0].items())
+        raise SourceError(
+            f"{collection.root}: {len(divided)} patients have cases in several splits, such as {example}: a model "
+            "would be tested on whom it learned from. Give each patient one split, or rename folders of different ones"
+        )
+    training = {f"{c.folder}/{item.name}": c.split == "train" for c in collection.cases if c.split for item in c.items}
+    for split, questions in collection.questions.items():
+        fit = [q for q in questions if not split or training.get(q.image, split == "train") == (split == "train")]
+        if len(fit) < len(questions):
+            collection.notes.append(
+                f"{len(questions) - len(fit)} questions of the {split} split are about cases of another: left out"
+            )
+            collection.questions[split] = fit

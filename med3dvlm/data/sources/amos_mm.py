@@ -44,14 +44,15 @@ def read(root: Path, options: SourceOptions) -> Collection:
     ]  # fmt: skip
     collection = Collection("amos-mm", root, cases, left_out=left_out)
     images = {f"{case.items[0].name}.nii.gz": f"{case.folder}/{case.items[0].name}" for case in cases}
-    unmatched = sorted(set(reports) - set(volumes))
+    collection.add_unmatched(set(reports) - set(volumes), "reports have no volume here")
+    collection.add_unmatched((c.items[0].name for c in cases if not c.text), "volumes have no report")
+    unmatched = []
     for split, name, item in _items(root / QUESTIONS):
         if name in images:
             collection.questions.setdefault(split, []).append(_question(item, images[name], root / QUESTIONS))
         else:
             unmatched.append(name)
-    if unmatched:
-        collection.notes.append(f"{len(unmatched)} reports or questions have no volume here, such as {unmatched[0]}")
+    collection.add_unmatched(unmatched, "questions have no volume here")
     return collection
 
 

@@ -5,8 +5,11 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from med3dvlm.data.manifest import clean_report_text
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -55,6 +58,12 @@ class Case:
     split: str = ""
     hidden: bool = False
 
+    def report(self) -> str:
+        """The text, "" where there is none. Raises OSError or UnicodeDecodeError where its file cannot be read."""
+        if self.text is not None or self.text_file is None or not self.text_file.exists():
+            return self.text or ""
+        return clean_report_text(self.text_file.read_text(encoding="utf-8"))
+
 
 @dataclass
 class Question:
@@ -74,6 +83,7 @@ class Collection:
 
     kind: name of the form. root: what paths in the ledger are relative to. questions: by split.
     left_out: (file, reason). notes: sentences a user should see. manifest: an M3D_Cap.json to be brought along.
+    labels: image, as in `Question` -> label -> 0 or 1. unmatched: (name, reason) of what belongs to nothing here.
     """
 
     kind: str
@@ -83,6 +93,15 @@ class Collection:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     manifest: Path | None = None
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)
+    unmatched: list[tuple[str, str]] = field(default_factory=list)
+
+    def add_unmatched(self, names: Iterable[str], what: str) -> None:
+        """List names that belong to nothing here, and count them in a note. what: "reports have no volume here"."""
+        names = sorted(names)
+        if names:
+            self.unmatched += [(name, what) for name in dict.fromkeys(names)]
+            self.notes.append(f"{len(names)} {what}, such as {names[0]}")
 
 
 @dataclass(frozen=True)

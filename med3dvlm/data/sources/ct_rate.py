@@ -62,9 +62,12 @@ def read(root: Path, options: SourceOptions) -> Collection:
             rescale = rescaling[name]
         scan = name.rpartition("_")[0]
         cases[scan, reports.get(name)].append(Item(path, name.removesuffix(".nii.gz"), rescale=rescale))
-    collection = Collection("ct-rate", root, _cases(cases), left_out=left_out, notes=_notes(volumes, reports))
+    collection = Collection("ct-rate", root, _cases(cases), left_out=left_out)
+    collection.add_unmatched(set(volumes) - set(reports), "volumes have no report")
+    collection.add_unmatched(set(reports) - set(volumes), "reports have no volume here")
     images = {item.name: f"{case.folder}/{item.name}" for case in collection.cases for item in case.items}
     _add_questions(collection, images, base, options)
+    _add_labels(collection, images, base)
     return collection
 
 
@@ -140,12 +143,6 @@ def _cases(found: dict[tuple[str, str | None], list[Item]]) -> list[Case]:
     return cases
 
 
-def _notes(volumes: dict[str, Path], reports: dict[str, str]) -> list[str]:
-    without, unmatched = sorted(set(volumes) - set(reports)), sorted(set(reports) - set(volumes))
-    notes = [f"{len(without)} volumes have no report, such as {without[0]}"] if without else []
-    return notes + ([f"{len(unmatched)} reports have no volume here, such as {unmatched[0]}"] if unmatched else [])
-
-
 def _add_questions(collection: Collection, images: dict[str, str], base: Path, options: SourceOptions) -> None:
     """CT-RATE's own questions where they lie beside the volumes, and those that `--questions` names."""
     unmatched: list[str] = []
@@ -158,8 +155,24 @@ def _add_questions(collection: Collection, images: dict[str, str], base: Path, o
             raise SourceError(f"{options.questions}: holds no table of questions (.csv)")
         for path in tables:
             _rad_questions(path, images, collection.questions, unmatched)
-    if unmatched:
-        collection.notes.append(f"{len(unmatched)} questions have no volume here, such as {unmatched[0]}")
+    collection.add_unmatched(unmatched, "questions have no volume here")
+
+
+def _add_labels(collection: Collection, images: dict[str, str], base: Path) -> None:
+    """The abnormalities that CT-RATE predicted from the reports, 0 or 1 for each volume."""
+    unmatched = []
+    for split in TABLES:
+        path = _table(base, "multi_abnormality_labels", f"{split}_predicted_labels")
+        for row in read_table(path, ("VolumeName",)) if path else ():
+            name = _volume_name(row.pop("VolumeName"))
+            if name not in images:
+                unmatched.append(name)
+                continue
+            wrong = [f"{label} {value!r}" for label, value in row.items() if value not in ("0", "1", "0.0", "1.0")]
+            if wrong:
+                raise SourceError(f"{path}, {name}: expected 0 or 1, found {', '.join(wrong[:3])}")
+            collection.labels[images[name]] = {label: int(float(value)) for label, value in row.items()}
+    collection.add_unmatched(unmatched, "rows of labels have no volume here")
 
 
 def _volume_name(text: str) -> str:

@@ -58,6 +58,8 @@ def read(root: Path, options: SourceOptions) -> Collection:
     names = pseudonyms(options) if options.hash_ids else None
     cases, images = _cases(root, volumes, names, problems)
     collection = Collection("list", root.parent, cases)
+    if "case" not in columns:
+        collection.notes.append("no column names the patient: each image is taken for a patient of its own")
     for cells in rows:
         if cells.get("question") and cells["image"] in images:
             split = volumes[cells["image"]]["split"]

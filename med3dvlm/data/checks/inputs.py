@@ -1,0 +1,161 @@
+"""What there is to check: the manifest, the tables of questions, and the files that they name."""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from med3dvlm.data.checks.findings import Finding
+from med3dvlm.data.manifest import ManifestError, VQARecord, read_caption_manifest, read_vqa_csv
+from med3dvlm.data.presets import PreprocessConfig
+from med3dvlm.data.profile import PREPARATION_FILE, read_preparation
+
+MANIFEST = "M3D_Cap.json"
+PREPARED_FOLDER, TABLES = "M3D_Cap_npy", "M3D_VQA_*.csv"
+_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+
+
+class NothingToCheck(ValueError):
+    """Arguments that name no data set; the message says what was looked for and what to do."""
+
+
+@dataclass
+class Inputs:
+    """A data set as its manifest and tables name it.
+
+    root: the folder that paths are relative to. manifest: M3D_Cap.json, None where there are tables only.
+    splits_of: image -> names of its splits, empty for one that only tables without a split in their name hold.
+    text_of: image -> its report. questions: table -> its rows. findings: about manifest and tables themselves.
+    Images, reports and tables are named by their path relative to the root, where they lie below it.
+    """
+
+    root: Path
+    manifest: Path | None
+    splits_of: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    text_of: dict[str, str] = field(default_factory=dict)
+    questions: dict[str, list[VQARecord]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def name(self, path) -> str:
+        """How findings call a file."""
+        path = Path(path)
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def unnamed(self) -> int:
+        """How many `.nii.gz` files beside the manifest neither it nor a table names; they are not checked."""
+        files = self.manifest.parent.rglob("*.nii.gz") if self.manifest else ()
+        return sum(self.name(path) not in self.splits_of for path in files)
+
+
+def find_inputs(folder, manifest=None, tables=None, data_root=None) -> Inputs:
+    """Find and read manifest and tables.
+
+    folder: a prepared folder, or the data root that holds it and M3D-VQA. manifest, tables, data_root: instead of what
+    is found there. Raises NothingToCheck.
+    """
+    folder = Path(folder)
+    for path in (folder, *(Path(p) for p in (manifest, data_root, *(tables or ())) if p)):
+        if not path.exists():
+            raise NothingToCheck(f"{path}: no such file or folder")
+    if not folder.is_dir():
+        raise NothingToCheck(f"{folder} is a file: name the prepared folder, or the data root that holds it")
+    folder = folder.absolute()  # "." has no parent to look into
+    manifest = Path(manifest).absolute() if manifest else _find_manifest(folder)
+    if tables is None:
+        places = dict.fromkeys([folder, folder / "M3D-VQA", *([manifest.parent] if manifest else [])])
+        if manifest and manifest.parent == folder:
+            places[folder.parent / "M3D-VQA"] = None
+        tables = [table for place in places for table in sorted(place.glob(TABLES))]
+    if not manifest and not tables:
+        raise NothingToCheck(
+            f"{folder} holds no {MANIFEST} and no {TABLES}: name the prepared folder, the data root that holds it and "
+            "M3D-VQA, or give --manifest or --tables"
+        )
+    root = Path(data_root).absolute() if data_root else _find_root(folder, manifest)
+    inputs = Inputs(root, manifest)
+    if manifest:
+        _read_manifest(inputs)
+    for table in tables:
+        _read_table(inputs, Path(table).absolute())
+    if not inputs.splits_of and not inputs.findings:
+        raise NothingToCheck(f"{manifest or folder} names no image: is the data set prepared?")
+    return inputs
+
+
+def preparation_of(inputs: Inputs) -> PreprocessConfig | None:
+    """What preparation.json beside the manifest states; None without one. Raises NothingToCheck where it is damaged."""
+    try:
+        preparation = read_preparation(inputs.manifest.parent if inputs.manifest else inputs.root)
+    except ValueError as error:
+        raise NothingToCheck(str(error)) from error
+    return preparation[0] if preparation else None
+
+
+def _find_manifest(folder: Path) -> Path | None:
+    if (folder / MANIFEST).is_file():
+        return folder / MANIFEST
+    found = sorted(folder.glob(f"*/{MANIFEST}"))
+    prepared = [path for path in found if (path.parent / PREPARATION_FILE).is_file()]
+    prepared = prepared or [path for path in found if path.parent.name == PREPARED_FOLDER] or found
+    if len(prepared) > 1:
+        listed = ", ".join(str(path) for path in prepared)
+        raise NothingToCheck(f"{folder} holds several data sets ({listed}): name one of their folders")
+    return prepared[0] if prepared else None
+
+
+def _find_root(folder: Path, manifest: Path | None) -> Path:
+    """The folder below which most of the first images of the manifest exist; the usual one where none does."""
+    if manifest is None:
+        return folder
+    usual = manifest.parent.parent
+    try:
+        entries = [e for entries in json.loads(manifest.read_text("utf-8")).values() for e in entries][:50]
+        images = [entry["image"] for entry in entries]
+        found = {root: sum((root / image).exists() for image in images) for root in (usual, manifest.parent, folder)}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return usual  # reading the manifest says what is wrong with it
+    return max(found, key=found.get)
+
+
+def _read_manifest(inputs: Inputs) -> None:
+    name = inputs.name(inputs.manifest)
+    try:
+        data = json.loads(inputs.manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        inputs.findings.append(Finding("manifest", name, f"cannot be read ({error})"))
+        return
+    if not isinstance(data, dict):
+        inputs.findings.append(Finding("manifest", name, f"expected an object, found {type(data).__name__}"))
+        return
+    for split in data:
+        try:
+            records = read_caption_manifest(inputs.manifest, inputs.root, split, check_files=False)
+        except ManifestError as error:
+            reason = str(error).partition(", found ")[0]  # an entry may hold anything
+            inputs.findings.append(Finding("manifest", name, reason))
+            continue
+        except TypeError:
+            inputs.findings.append(Finding("manifest", name, f"{split}: an entry whose image or text is not a path"))
+            continue
+        for record in records:
+            image = inputs.name(record.image)
+            inputs.splits_of[image].add(_SPLITS.get(split, split))
+            inputs.text_of[image] = inputs.name(record.text_path)
+
+
+def _read_table(inputs: Inputs, path: Path) -> None:
+    name = inputs.name(path)
+    try:
+        records = read_vqa_csv(path, inputs.root, check_files=False)
+    except ManifestError as error:
+        inputs.findings.append(Finding("manifest", name, str(error)))
+        return
+    inputs.questions[name] = records
+    words = re.findall("[a-z]+", path.stem.lower())
+    splits = {_SPLITS[word] for word in words if word in _SPLITS}
+    for record in records:
+        inputs.splits_of[inputs.name(record.image)] |= splits
