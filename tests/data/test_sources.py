@@ -249,8 +249,9 @@ def test_a_list_with_other_names_and_as_json_lines(tmp_path):
     listed(tmp_path, ["a.nii.gz"])
     path = tmp_path / "list.jsonl"
     path.write_text('{"Datei": "a.nii.gz", "Befund": "Frei."}\n\n{"Datei": "b.nii.gz", "Befund": null}\n')
-    options = SourceOptions(columns={"image": "Datei", "text": "Befund"})
-    assert [(case.folder, case.text) for case in collect(path, "list", options).cases] == [("a", "Frei."), ("b", None)]
+    for text in ("text", "report"):
+        cases = collect(path, "list", SourceOptions(columns={"image": "Datei", text: "Befund"})).cases
+        assert [(case.folder, case.text) for case in cases] == [("a", "Frei."), ("b", None)]
     with pytest.raises(SourceError, match="lacks the column image .*it has Datei, Befund"):
         collect(path, "list", SourceOptions())
 

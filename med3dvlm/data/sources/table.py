@@ -75,6 +75,8 @@ def read(root: Path, options: SourceOptions) -> Collection:
 def _columns(path: Path, rows: list[dict], named: dict[str, str]) -> dict[str, str]:
     """What a list may say -> the column that says it."""
     found = list(dict.fromkeys(key for row in rows for key in row))
+    key_of = {name: key for key, names in COLUMNS.items() for name in names}
+    named = {key_of.get(name, name): column for name, column in named.items()}
     unknown = sorted(set(named) - set(COLUMNS))
     if unknown:
         raise SourceError(f"--columns: {', '.join(unknown)} is none of {', '.join(COLUMNS)}")
