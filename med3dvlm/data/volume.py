@@ -201,7 +201,7 @@ def write_prepared(path, array: np.ndarray, dtype: str = "float32", preparation:
     header["descrip"] = PREPARED_MARK + b" v2: " + preparation.encode()
     header["vox_offset"] = 352
     # The fastest level: prepared volumes are read far more often than they are sent anywhere.
-    # Zeros behind the data, in case isal looks ahead: once, the same voxels came out as other, valid bytes (not explained).
+    # Zeros behind the data, in case isal looks ahead: once the same voxels came out as other, valid bytes, unexplained.
     data = b"".join((header.binaryblock, bytes(4), np.ascontiguousarray(stored), bytes(64)))
     write_bytes(path, igzip.compress(memoryview(data)[:-64], 1, mtime=0))
 
