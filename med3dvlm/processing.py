@@ -236,8 +236,9 @@ class VLMProcessor:
         `config` (read from the folder where None), and the preprocessing is the published one.
         Raises CheckpointError where neither says how many image tokens there are, or a file cannot be used.
         """
-        with checkpoint_errors(folder):
+        with checkpoint_errors(f"{folder}: its tokenizer"):
             tokenizer = load_tokenizer(folder)
+        with checkpoint_errors(folder):
             values = _read_json(folder, PROCESSOR_FILE)
             if not values:
                 values = config.to_dict() if config is not None else _read_json(folder, "config.json")
@@ -273,7 +274,10 @@ def _read(source, config: PreprocessConfig, reading: dict) -> Volume:
 def _read_json(folder, name: str) -> dict:
     """A json file of a local folder or a hub name; empty where it has none."""
     file = _file(folder, name)
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    if not file:
+        return {}
+    with checkpoint_errors(file):
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def _file(folder, name: str) -> str | None:

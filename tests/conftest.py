@@ -1,6 +1,12 @@
-"""What holds for every test: the --slow option and the two markers."""
+"""What holds for every test: the --slow option, the two markers, and Triton's interpreter where there is no GPU."""
+
+import os
+from pathlib import Path
 
 import pytest
+
+if not Path("/proc/driver/nvidia").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks when it is imported, by whichever test comes first
 
 
 def pytest_addoption(parser):

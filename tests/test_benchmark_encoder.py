@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from med3dvlm.benchmark import encoder, infer
+from med3dvlm.benchmark import encoder, encoder_gpu, infer
 
 
 def test_both_modes_give_a_row_for_every_encoder(capsys, monkeypatch):
@@ -52,6 +52,37 @@ def test_every_step_from_file_to_tokens_is_reported(tmp_path, monkeypatch):
         "plain encoder, fp32",
         "whole, fp32",
     ]
+
+
+def test_without_a_gpu_its_benchmark_ends_in_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert encoder.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: --device cuda needs a GPU, and torch finds none here\n"
+
+
+def test_the_benchmark_for_gpus_gives_a_row_for_every_batch(monkeypatch):
+    """Its machinery, on a CPU: the same rows, with the CPU's path in the place of the GPU's."""
+    monkeypatch.setattr(encoder_gpu, "ceilings", lambda device: (10.0, 100.0))
+    monkeypatch.setattr("torch.compile", lambda function: function)  # half a minute
+    arguments = encoder.parse_arguments(["--variants", "phantom", "--size", "16", "32", "32", "--batch", "2", "3",
+                                         "--repeats", "1", "--device", "cuda"])  # fmt: skip
+    assert encoder.parse_arguments(["--device", "cuda"]).batch == [1, 8, 64]
+    arguments.device = "cpu"
+    head, *tables = encoder_gpu.report(arguments)
+    assert "10 GB/s" in head and len(tables) == 2
+    for lines in tables:
+        rows = [line.strip("| ").split(" | ") for line in lines.splitlines() if "phantom" in line]
+        assert [row[:2] for row in rows] == [["phantom", "2"], ["phantom", "3"]]
+        assert all(len(row) == len(encoder_gpu.HEADS) and row[-1] == "fused" for row in rows)
+
+
+def test_what_does_not_fit_a_gpu_is_said(monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encoder_gpu, "alternate", full)
+    arguments = encoder.parse_arguments(["--variants", "phantom", "--size", "16", "32", "32"])
+    assert encoder_gpu.row("phantom", "inference", 2, arguments, (1.0, 1.0))[2:5] == ["out of memory"] * 3
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from nibabel.testing import data_path
 
 from med3dvlm import demo
 from med3dvlm.data.prompts import CAPTION_PROMPTS
+from med3dvlm.demo.output import COLUMNS
 from med3dvlm.demo.terminal import printable
 from tests.helpers.tiny_data import write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_clip, write_tiny_vlm
@@ -67,9 +68,35 @@ def test_json_is_one_object_an_answer(model, scan, capsys, piped):
     piped("Where?\n" + "liver " * 900)
     assert demo.run(arguments(model, scan, "--json")) == 1
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert list(first) == list(second) == [*COLUMNS, "seconds"]
+    assert first["seconds"] > 0 and first["error"] is None and second["answer"] is None
     assert first["question"] == "Where?" and first["tokens"] == 5 and first["image"] == scan
     assert first["preprocessing"]["preset"] == "published" and "research only" in first["notice"]
     assert "tokens" in second["error"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_bytes_and_any_locale(model, scan, capsys, monkeypatch, encoding):
+    """Standard input is UTF-8 whatever the locale says; bytes that are no text are replaced, not an error."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Läsion?\n".encode() + b"wh\xffere?\n"), encoding))
+    printed = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", printed)
+    assert demo.run(arguments(model, scan, "--question", "bro\udcffken")) == 0  # as arguments of other bytes come in
+    assert demo.run(arguments(model, scan)) == 0
+    printed.flush()
+    text = printed.buffer.getvalue().decode(encoding)
+    for question in ("bro\N{REPLACEMENT CHARACTER}ken", "Läsion?", "wh\N{REPLACEMENT CHARACTER}ere?"):
+        assert f"question: {question.encode(encoding, 'backslashreplace').decode(encoding)}\n" in text
+    assert demo.run(arguments(model, "no\udcffwhere.nii.gz", "--question", "Where?")) == 1
+    assert "where.nii.gz: no such file" in capsys.readouterr().err
+
+
+def test_closed_standard_streams(model, scan, monkeypatch):
+    """As a job scheduler may start it."""
+    with monkeypatch.context() as closed:
+        for name in ("stdin", "stdout", "stderr"):
+            closed.setattr(sys, name, None)
+        assert demo.run(arguments(model, scan)) == 0
 
 
 def test_choices_and_sampling(model, scan, capsys):
@@ -120,6 +147,7 @@ def test_exit_codes_and_one_line_about_bad_input(model, scan, tmp_path, capsys):
         (model, str(tmp_path / "empty"), "empty"),
         (clip, scan, "expected a checkpoint of type vlm_qwen"),
         (str(tmp_path / "empty"), scan, "no config.json"),
+        (str(tmp_path / "no/such/model"), scan, "no/such/model: no such folder; name a folder"),
     ):
         assert demo.run(arguments(name, image, "--question", "Where?")) == 1
         error = capsys.readouterr().err.strip()
@@ -141,13 +169,39 @@ def test_a_device_that_is_not_there_is_one_sentence(model, scan, capsys):
         ["--model_name_or_path", "m", "--choices", "liver"],
         ["--model_name_or_path", "m", "--temperature", "-1"],
         ["--model_name_or_path", "m", "--preset", "published", "--window", "40", "400"],
+        ["--model_name_or_path", "m", "--temperature", "inf"],
+        ["--model_name_or_path", "m", "--top_p", "nan"],
+        ["--model_name_or_path", "m", "--seed", "9" * 30],
+        ["--model_name_or_path", "m", "--choices", "liver", "liver "],
+        ["--model_name_or_path", "m", "--choices", "liver", " "],
+        ["--model_name_or_path", "m", "--window", "40", "0"],
+        ["--model_name_or_path", "m", "--preset", "window"],
+        ["--model_name_or_path", "m", "--preset", "prepared", "--keep_aspect"],
+        ["--model_name_or_path", "m", "--image_path", ""],
         ["--list-series"],
     ],
 )
 def test_wrong_arguments(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.run(wrong)
-    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+    usage, error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "error:" in error and "--image_path SCAN" in usage
+
+
+def test_flags_that_do_not_fit_the_model(tmp_path, scan, capsys):
+    folder = write_tiny_vlm(tmp_path / "vlm")
+    values = json.loads((folder / "processor_config.json").read_text())
+    values["preprocess"]["preset"] = "prepared"
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    assert demo.run(arguments(str(folder), scan, "--question", "Where?", "--keep_aspect")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the model is made for prepared") and "keep_aspect" in error
+
+
+def test_choices_need_a_question(model, scan, capsys, piped):
+    piped("")
+    assert demo.run(arguments(model, scan, "--choices", "liver", "lung")) == 1
+    assert "--choices needs a question" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_no_traceback(model, scan, capsys, monkeypatch):
@@ -167,6 +221,7 @@ def test_list_series_shows_what_a_folder_holds(capsys):
 
 
 def test_control_characters_are_not_printed():
+    assert printable("no\udcffwhere") == "no\N{REPLACEMENT CHARACTER}where"
     assert printable("a\x1b[31m\x9b2J\x07b\tc\nµ肝") == "a\N{REPLACEMENT CHARACTER}[31m" + (
         "\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}b\tc\nµ肝"
     )

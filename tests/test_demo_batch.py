@@ -13,8 +13,9 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from med3dvlm import demo
+from med3dvlm.data.prompts import CAPTION_PROMPTS
 from med3dvlm.demo.batch import scans_in
-from med3dvlm.demo.output import COLUMNS, OutputError, ResultFile
+from med3dvlm.demo.output import COLUMNS, CommandError, ResultFile
 from tests.helpers.commands import ROOT
 from tests.helpers.tiny_data import write_prepared_tree, write_table
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_vlm
@@ -81,10 +82,60 @@ def test_table_to_csv(model, scans, tmp_path):
     assert "nowhere.nii: no such file" in rows[2]["error"]
 
 
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("image;question\n{0};Why?\n;Where?\n", "Why?"),  # as Excel writes it where the comma is the decimal mark
+        ("Image Path, Question\n{0}, Why?\n,Where?\n", "Why?"),  # the names of M3D
+        ("image\n{0}\n", "Describe the findings of this scan."),
+    ],
+)
+def test_tables_as_people_write_them(model, scans, tmp_path, capsys, text, question):
+    """A row without a scan is an error of its own: an empty path would be the table's own folder."""
+    (tmp_path / "scans.csv").write_text(text.format(scans / NAMES[0]))
+    shutil.copy(scans / NAMES[0], tmp_path / "only.nii.gz")
+    assert demo.run(arguments(model, tmp_path / "scans.csv")) == ("Where?" in text)
+    first, *empty = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["question"] == question and first["error"] is None
+    assert all("names no scan" in row["error"] for row in empty)
+
+
+def test_a_report_is_asked_for_whatever_the_table_asks(model, scans, tmp_path, capsys):
+    table = write_table(tmp_path / "scans.csv", [[scans / NAMES[0], "Which plane?"]], ("image", "question"))
+    assert demo.run(arguments(model, table, "--report")) == 0
+    assert json.loads(capsys.readouterr().out)["question"] == CAPTION_PROMPTS[0]
+    assert demo.run(arguments(model, table, "--choices", "axial", "coronal")) == 0
+    write_table(table, [[scans / NAMES[0]]], ("image",))
+    assert demo.run(arguments(model, table, "--choices", "axial", "coronal")) == 1
+    assert "--choices needs a question" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_names_of_any_bytes(model, scans, tmp_path, capsys, ending):
+    folder, output = tmp_path / "scans", tmp_path / f"answers.{ending}"
+    folder.mkdir()
+    for name in ("no\udcfftext.nii.gz", 'a "b",\nc.nii.gz', "-dash.nii.gz"):
+        try:
+            shutil.copy(scans / NAMES[0], folder / name)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    command = arguments(model, folder, "--question", "Where?", "--output", output)
+    assert demo.run(command) == 0
+    whole = output.read_bytes()
+    rows = read_lines(output) if ending == "jsonl" else list(csv.DictReader(output.open(encoding="utf-8", newline="")))
+    names = [row["image"] for row in rows]
+    assert names == ["-dash.nii.gz", 'a "b",\nc.nii.gz', "no\N{REPLACEMENT CHARACTER}text.nii.gz"]
+    assert demo.run(command) == 0 and output.read_bytes() == whole
+
+
 def test_without_output_rows_are_printed(model, scans, capsys):
     assert demo.run(arguments(model, scans)) == 1
     printed = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in printed.out.splitlines()] == NAMES
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert [row["image"] for row in rows] == NAMES and all(list(row) == [*COLUMNS, "seconds"] for row in rows)
+    assert rows[0]["preprocessing"]["preset"] == "published"
+    log = printed.err.splitlines()
+    assert log[0] == f"1 of 3: {NAMES[0]}" and log[1].startswith(f"2 of 3: {NAMES[1]}: error: ") and len(log) == 4
 
 
 def test_a_second_start_does_what_is_missing_only(model, scans, tmp_path, monkeypatch):
@@ -101,6 +152,26 @@ def test_a_second_start_does_what_is_missing_only(model, scans, tmp_path, monkey
             patch.setattr("med3dvlm.demo.command.load", lambda _: pytest.fail("nothing is left to do"))
             assert demo.run(command) == 1
         assert output.read_bytes() == whole
+
+
+def test_another_question_is_added_and_counted_by_itself(model, scans, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    for question, rows in (("Where?", 3), ("Why?", 6), ("Where?", 6)):
+        assert demo.run(arguments(model, scans, "--question", question, "--output", output)) == 1
+        assert "2 of 3 answered" in capsys.readouterr().err and len(read_lines(output)) == rows
+    table = write_table(tmp_path / "good.csv", [[scans / NAMES[0]]], ("image",))
+    assert demo.run(arguments(model, table, "--question", "Where?", "--output", tmp_path / "good.jsonl")) == 0
+
+
+def test_another_model_in_the_same_folder_is_another_model(scans, tmp_path, capsys):
+    output, folder = tmp_path / "answers.jsonl", tmp_path / "vlm"
+    write_tiny_vlm(folder)
+    command = arguments(str(folder), scans / "000001", "--output", output)
+    assert demo.run(command) == demo.run(command) == 0
+    whole = output.read_bytes()
+    write_tiny_vlm(folder, seed=1)
+    assert demo.run(command) == 1
+    assert "comes from a run with another model" in capsys.readouterr().err and output.read_bytes() == whole
 
 
 def test_killed_and_resumed_equals_undisturbed(model, scans, tmp_path):
@@ -138,8 +209,26 @@ def test_a_file_of_another_run_is_left_alone(model, scans, tmp_path, capsys):
     assert "comes from a run with another seed" in capsys.readouterr().err
     (tmp_path / "notes.csv").write_text("mine\n")
     assert demo.run(arguments(model, scans, "--output", tmp_path / "notes.csv")) == 1
-    assert "not a run to go on with" in capsys.readouterr().err
+    assert "no run to go on with" in capsys.readouterr().err
     assert output.read_bytes() == whole and (tmp_path / "notes.csv").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("text", ["\ufeffImage;Question\nscan;Why?\n", "image,question\nscan,Why?\n"])
+def test_a_file_that_another_program_rewrote_is_left_alone(model, scans, tmp_path, capsys, text):
+    output = tmp_path / "answers.csv"
+    command = arguments(model, scans / "000001", "--output", output)
+    assert demo.run(command) == 0
+    output.write_text(text, encoding="utf-8")
+    assert demo.run(command) == 1
+    assert "answers.csv: lacks columns" in capsys.readouterr().err and output.read_text(encoding="utf-8") == text
+
+
+def test_an_output_that_cannot_be_written(model, scans, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert demo.run(arguments(model, scans / "000001", "--output", tmp_path / "file" / "answers.csv")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'file' / 'answers.csv'} cannot be written: ")
+    assert "partial" not in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -154,7 +243,7 @@ def test_a_file_cut_anywhere_is_completed(tmp_path, ending):
             for row in rows:
                 if not results.done[row["image"], row["question"]]:
                     results.append(row)
-            return results.failed
+            return results.failed.total()
 
     assert append_missing() == 1
     whole = path.read_bytes()
@@ -164,12 +253,12 @@ def test_a_file_cut_anywhere_is_completed(tmp_path, ending):
         assert path.read_bytes() == whole, cut
     path.write_bytes(b"{no json}\n" + whole)
     if ending == "jsonl":
-        with pytest.raises(OutputError, match="not readable"):
+        with pytest.raises(CommandError, match="not readable"):
             append_missing()
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("scan,question\na,b\n", "lacks the column image"), ("image\n", "no rows"), ("", "lacks")]
+    ("text", "message"), [("scan,question\na,b\n", "lacks the column image"), ("image\n", "no rows"), ("", "no rows")]
 )
 def test_tables_that_cannot_be_used(model, tmp_path, capsys, text, message):
     (tmp_path / "scans.csv").write_text(text)

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -11,14 +12,19 @@ import time
 import pytest
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS
+from med3dvlm.demo.arguments import parse_arguments
+from med3dvlm.demo.interactive import Conversation
 from med3dvlm.demo.terminal import BOLD, Terminal
+from med3dvlm.inference import load_model
 from tests.helpers.commands import ROOT
 from tests.helpers.tiny_data import write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_vlm
 
-# Makes its standard input the controlling terminal, so that Ctrl-C is a signal; then becomes the command.
+# Makes its standard input the controlling terminal, so that Ctrl-C is a signal; then becomes the command. Tests that
+# run in the background may have been told to ignore that signal, which children inherit.
 IN_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "med3dvlm.demo", *sys.argv[1:]])
@@ -71,7 +77,9 @@ class Session:
         Repeated where nothing comes: `input` does not notice a signal between its prompt and its wait for a key.
         """
         self.type("\x03")
-        while not select.select([self.terminal], [], [], 3)[0]:
+        for _ in range(20):
+            if select.select([self.terminal], [], [], 3)[0]:
+                break
             self.type("\x03")
         return self.until("interrupted")
 
@@ -105,10 +113,13 @@ def test_chat(session, scans, tmp_path):
     for line, answer in (
         ("Where?", None),
         ("/help", "/image PATH"),
-        ("/nothing", "no command"),
+        ("/nothing", "/nothing is no command; /help lists them"),
+        ("/Repotr", "did you mean /report?"),
+        ("/image", "/image needs the path"),
+        (f"/save {tmp_path / 'vlm' / 'config.json' / 'chat.txt'}", "cannot be written"),
         ("What is <im_patch>?", "holds <im_patch>"),
         ("/image nowhere.nii.gz", "nowhere.nii.gz: no such file"),
-        (f"/image {scans[1]}", os.path.basename(scans[1])),
+        (f"/image '{scans[1]}'", os.path.basename(scans[1])),
         ("/reset", "starts over"),
         ("/report", None),
         (f"/save {tmp_path / 'chat.json'}", "2 turns written"),
@@ -131,6 +142,59 @@ def test_chat(session, scans, tmp_path):
     assert all(1 <= turn["tokens"] < 8000 and not turn["finished"] for turn in saved)
     text = (tmp_path / "chat.txt").read_bytes().decode()
     assert "research only" in text and saved[0]["answer"] in text
+
+
+@pytest.mark.slow
+def test_many_scans_show_how_far_they_are_and_end_cleanly(session, model, scans, tmp_path):
+    """In a terminal that does not say how large it is, too."""
+    (tmp_path / "scans.csv").write_text("image,question\n" + "".join(f"{scans[i % 2]},{i}?\n" for i in range(400)))
+    output = tmp_path / "answers.jsonl"
+    batch = session("--model_name_or_path", model, "--image_path", str(tmp_path / "scans.csv"), "--device", "cpu",
+                    "--output", str(output))  # fmt: skip
+    batch.until("/400 [")
+    deadline = time.monotonic() + 120
+    while (not output.exists() or output.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "Traceback" not in batch.interrupt()
+    assert batch.end() == 130
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert 3 <= len(rows) < 400 and [row["question"] for row in rows] == [f"{i}?" for i in range(len(rows))]
+
+
+class Lines:
+    """What is typed, in place of `input`; an exception is raised."""
+
+    def __init__(self, *lines):
+        self.lines = iter(lines)
+
+    def __call__(self, prompt):
+        line = next(self.lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+def test_what_is_typed_ends_no_chat(model, scans, tmp_path, capsys, monkeypatch):
+    """Bytes that are no text, the home of nobody, an interrupt while a scan is read."""
+    args = parse_arguments(["--model_name_or_path", model, "--max_new_tokens", "3"])
+    chat = Conversation(load_model(model, device="cpu"), args, Terminal())
+    monkeypatch.chdir(tmp_path)
+    see, interrupted = chat.chat.model.see, [KeyboardInterrupt()]
+    monkeypatch.setattr(
+        chat.chat.model, "see",
+        lambda scan, **reading: (_ for _ in ()).throw(interrupted.pop()) if interrupted else see(scan, **reading),
+    )  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(scans[0], tmp_path / "at home.nii.gz")
+    lines = ["Where?", "/report", f"/image {scans[0]}", "/image ~/at home.nii.gz", "wh\udcffere",
+             "/save ~no-such-user/a.txt", "/quit please", "never read"]  # fmt: skip
+    monkeypatch.setattr("builtins.input", Lines(*lines))
+    assert len(chat.run()) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("No scan yet: /image PATH") == 3 and "\nstopped\n" in printed
+    assert "at home.nii.gz: 32x64x64 voxels" in printed and "1 turns written to ~no-such-user/a.txt" in printed
+    monkeypatch.setattr("builtins.input", Lines(EOFError()))
+    assert len(chat.run()) == 1
 
 
 @pytest.mark.slow

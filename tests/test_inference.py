@@ -1,8 +1,11 @@
+import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +14,15 @@ import torch
 from med3dvlm.data.profile import PUBLISHED_PROFILE
 from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_question
 from med3dvlm.data.volume import Volume, VolumeError, load_volume
-from med3dvlm.inference import QuestionError, Sampling, load_clip, load_model
+from med3dvlm.inference import (
+    Answer,
+    AnswerStream,
+    DeviceError,
+    QuestionError,
+    Sampling,
+    load_clip,
+    load_model,
+)
 from med3dvlm.model.weights import CheckpointError
 from tests.helpers.tiny_data import clip_tokenizer, write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_clip, write_tiny_vlm
@@ -35,13 +46,43 @@ def model(folder):
     return load_model(folder, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return load_clip(write_tiny_clip(tmp_path_factory.mktemp("models") / "clip"), device="cpu")
+
+
 # ---------------------------------------------------------------- one answer, a batch
 
 
+def untimed(answer):
+    return replace(answer, seconds=0)
+
+
 def test_batch_answers_equal_single_answers(model, paths):
-    together = model.answer_batch(paths, QUESTIONS, max_new_tokens=8)
-    single = [model.answer(path, q, max_new_tokens=8).text for path, q in zip(paths, QUESTIONS, strict=True)]
-    assert together == single
+    pairs = list(zip(paths, QUESTIONS, strict=True))
+    single = [untimed(model.answer(*pair, max_new_tokens=8)) for pair in pairs]
+    images = torch.stack([model.see(path).image for path in paths])
+    for batch in ((pairs,), (paths, QUESTIONS)):
+        assert [untimed(answer) for answer in model.answer_batch(*batch, max_new_tokens=8)] == single
+    assert [answer.text for answer in model.answer_batch(images, QUESTIONS, max_new_tokens=8)] == [
+        answer.text for answer in single
+    ]
+    one_question = model.answer_batch(paths, QUESTIONS[0], max_new_tokens=8)
+    one_scan = model.answer_batch(paths[0], QUESTIONS, max_new_tokens=8)
+    assert len(one_question) == len(one_scan) == 3
+    assert one_question[0].text == one_scan[0].text == single[0].text
+    assert model.answer_batch([]) == model.answer_batch([], []) == []
+
+
+def test_a_batch_reads_and_encodes_each_scan_once(model, paths, monkeypatch):
+    encoded, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    read, see = [], model.see
+    monkeypatch.setattr(model, "see", lambda scan, **reading: read.append(scan) or see(scan, **reading))
+    image = see(paths[2]).image
+    batch = [(paths[0], "Where?"), (image, "Where?"), (str(paths[0]), "Why?"), (paths[1], "Why?"), (image, "Why?")]
+    assert len(model.answer_batch(batch, max_new_tokens=3)) == 5
+    assert len(read) == 3 and encoded == [1, 1, 1]
 
 
 def test_decoding_is_that_of_transformers(model, paths):
@@ -51,15 +92,25 @@ def test_decoding_is_that_of_transformers(model, paths):
     reference = model.model.generate(**batch, max_new_tokens=12, do_sample=False,
                                      eos_token_id=model.processor.tokenizer.eos_token_id)  # fmt: skip
     texts = model.processor.tokenizer.batch_decode(reference, skip_special_tokens=True)
-    assert model.answer_batch(images, QUESTIONS, max_new_tokens=12) == [text.strip() for text in texts]
+    answers = model.answer_batch(images, QUESTIONS, max_new_tokens=12)
+    assert [answer.text for answer in answers] == [text.strip() for text in texts]
+
+
+def test_two_threads_at_once(model, paths):
+    pairs = [(path, question) for path in paths for question in QUESTIONS]
+    expected = [model.answer(*pair, max_new_tokens=6).text for pair in pairs]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda pair: model.answer(*pair, max_new_tokens=6).text, pairs)) == expected
 
 
 def test_features_stand_for_images(model, paths):
     images = torch.stack([model.processor.load_image(path) for path in paths])
     features = model.encode(images)
     assert features.shape == (3, model.processor.num_image_tokens, model.model.config.hidden_size)
-    expected = model.answer_batch(images, QUESTIONS, max_new_tokens=8)
-    assert model.answer_batch(image_features=features, questions=QUESTIONS, max_new_tokens=8) == expected
+    expected = [answer.text for answer in model.answer_batch(images, QUESTIONS, max_new_tokens=8)]
+    assert model.answer_features(features, QUESTIONS, max_new_tokens=8) == expected
+    with pytest.raises(ValueError, match="3 images and 1 questions"):
+        model.answer_features(features, QUESTIONS[:1])
 
 
 def test_the_image_is_looked_at(model, paths):
@@ -76,7 +127,7 @@ def test_answer_says_how_it_came_about(model, paths):
     assert answer.tokens == 5 and not answer.finished and answer.seconds > 0
     assert answer.preprocessing == model.processor.preprocess.to_dict()
     assert set(load_volume(paths[0]).warnings) <= set(answer.warnings)
-    assert answer.probabilities is None
+    assert answer.probabilities is None and str(answer) == answer.text
 
 
 def test_an_answer_ends_with_the_end_token(folder, paths):
@@ -90,7 +141,7 @@ def test_an_answer_ends_with_the_end_token(folder, paths):
     answer = model.answer(paths[0], "Where?", max_new_tokens=6)
     assert answer.finished and answer.tokens == last + 1 < 6
     rest = model.answer_batch(paths[:2], ["Where?", QUESTIONS[2]], max_new_tokens=6)
-    assert rest[0] == tokenizer.decode(spoken[:last]).strip()  # the other row may go on
+    assert untimed(rest[0]) == untimed(answer)  # the other row may go on
 
 
 def test_report_is_an_answer_in_the_form_of_reports(model, paths):
@@ -98,11 +149,17 @@ def test_report_is_an_answer_in_the_form_of_reports(model, paths):
     assert model.report(paths[0], max_new_tokens=6).text == expected
 
 
-def test_numbers_of_images_and_questions_have_to_agree(model, paths):
-    with pytest.raises(ValueError, match="2 images and 1 questions"):
-        model.answer_batch(paths[:2], ["Where?"])
-    with pytest.raises(ValueError, match="either scans or image_features"):
-        model.answer_batch(questions=["Where?"])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((["a.nii"] * 2, ["Where?"]), "2 scans and 1 questions"),
+        ((["a.nii", "b.nii"],), r"pairs \(scan, question\)"),
+        (([("a.nii", "Where?", "liver")],), r"pairs \(scan, question\)"),
+    ],
+)
+def test_batches_that_are_none(model, batch, message):
+    with pytest.raises(ValueError, match=message):
+        model.answer_batch(*batch)
 
 
 # ---------------------------------------------------------------- scans
@@ -130,14 +187,40 @@ def test_warnings_say_what_is_unlike_the_training_data(model, monkeypatch):
     answer = model.answer(scan, "Where?", max_new_tokens=2)
     assert "two slices were left out" in answer.warnings
     assert any("MR" in warning and "trained on CT" in warning for warning in answer.warnings)
+    assert model.answer_batch([scan], ["Where?"], max_new_tokens=2)[0].warnings == answer.warnings
 
 
 def test_unusable_scans(model, tmp_path):
     (tmp_path / "scan.nii.gz").write_bytes(b"no")
     with pytest.raises(VolumeError, match="scan.nii.gz"):
         model.answer(tmp_path / "scan.nii.gz", "Where?")
-    with pytest.raises(VolumeError, match=r"expected a preprocessed image \[1, 32, 64, 64\], found a tensor \[1, 8"):
-        model.answer(torch.zeros(1, 8, 8, 8), "Where?")
+
+
+@pytest.mark.parametrize(
+    ("scan", "message"),
+    [
+        (torch.zeros(1, 8, 8, 8), r"expected a preprocessed image \[1, 32, 64, 64\], found a tensor \[1, 8"),
+        (torch.full((1, *TINY_SIZE), -1000.0), r"values in \[0, 1\], found torch.float32 -1000..-1000"),
+        (torch.full((1, *TINY_SIZE), float("nan")), r"values in \[0, 1\], found torch.float32 nan"),
+        (torch.full((1, *TINY_SIZE), 200, dtype=torch.uint8), r"floating-point values in \[0, 1\], found torch.uint8"),
+        (np.random.default_rng(0).random(TINY_SIZE), r"found a ndarray. Volume\(array, spacing\)"),
+        (None, "found a NoneType"),
+        (["a.nii.gz"], "found a list"),
+    ],
+)
+def test_what_is_no_scan_is_said_by_both_models(model, clip, scan, message):
+    """Raw HU or NaN in a tensor would be answered about, wrongly."""
+    with pytest.raises(VolumeError, match=message):
+        model.see(scan)
+    with pytest.raises(VolumeError, match=message):
+        clip.embed_image(scan)
+
+
+def test_preprocessed_images_in_few_bits_are_taken(model, paths):
+    image = model.see(paths[0]).image
+    expected = model.answer(image, "Where?", max_new_tokens=4).text
+    assert model.answer(image.double(), "Where?", max_new_tokens=4).text == expected
+    assert model.see(image.to(torch.bfloat16)).image.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- questions
@@ -159,7 +242,24 @@ def test_a_question_that_is_too_long_says_how_many_tokens_fit(model, paths):
         ask(words)
 
 
-@pytest.mark.parametrize(("question", "message"), [(" \n", "is empty"), ("What is <im_patch>?", "holds <im_patch>")])
+def test_the_length_of_training_samples_is_no_limit(folder, paths):
+    """As `model_max_length=512` leaves it in a folder: 256 image tokens and as many for the answer leave nothing."""
+    model = load_model(folder, device="cpu")
+    model.processor.tokenizer.model_max_length = model.processor.num_image_tokens + 4
+    assert model.answer(paths[0], "Where?", max_new_tokens=4).tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (" \n", "is empty"),
+        ("", "is empty"),
+        ("What is <im_patch>?", "holds <im_patch>"),
+        ("a \udcff b", "bytes that are no characters"),
+        (None, "is no text: None"),
+        (["Where?"], "is no text"),
+    ],
+)
 def test_questions_that_cannot_be_asked(model, paths, question, message):
     for ask in (model.answer, model.stream, model.chat(paths[0]).ask, lambda p, q: model.answer_batch([p], [q])):
         with pytest.raises(QuestionError, match=message):
@@ -180,9 +280,6 @@ def test_stream_gives_the_answer_in_pieces(model, paths):
 
 def test_characters_of_several_tokens_come_whole(model):
     """The tokenizer is byte-level: "é" and "肝" are several tokens."""
-    from med3dvlm.inference.decoding import AnswerStream
-    from med3dvlm.inference.results import Answer
-
     tokenizer = model.processor.tokenizer
     ids = tokenizer("  l'épaule \n 肝 droite")["input_ids"]
     stream = AnswerStream(iter([[i] for i in ids]), tokenizer,
@@ -202,6 +299,23 @@ def test_stop_from_another_thread_ends_the_stream(model, paths):
     assert list(stream) == []
     assert stream.answer.text.startswith(first) and 1 <= stream.answer.tokens < 10 and not stream.answer.finished
     assert threading.active_count() == before
+
+
+def test_what_was_shown_is_the_answer_when_a_stream_is_stopped(model, paths):
+    """Not the bytes of a character that was not whole yet, nor a token that comes in after the answer was asked for."""
+    tokenizer = model.processor.tokenizer
+    first, *rest = tokenizer("a肝")["input_ids"]
+    assert len(rest) > 1
+
+    def pieces(tokens, complete=lambda **values: Answer(preprocessing={}, **values)):
+        return AnswerStream(iter([[i] for i in tokens]), tokenizer, complete, 0.0)
+
+    stream = pieces([first, *rest])
+    shown = next(stream)
+    assert stream._take([rest[0]]) == ""  # as if stopped while the next token was generated
+    stream.stop()
+    assert stream.answer.text == shown == "a"
+    assert stream._take(rest[1:]) == "" and list(stream) == [] and stream.answer.text == "a"
 
 
 def test_an_error_of_the_model_reaches_whoever_asks_for_the_next_piece(model, paths, monkeypatch):
@@ -225,11 +339,15 @@ def test_a_seed_repeats_its_answer_and_another_one_does_not(model, paths):
     assert torch.equal(torch.get_rng_state(), state)  # the caller's own draws are left alone
     greedy = model.answer(paths[0], "Where?", max_new_tokens=12).text
     assert answer() == answer(temperature=1.0, top_p=1e-6) == answer(temperature=1e-6) == greedy
-    batch = model.answer_batch(paths[:2], ["Where?"] * 2, max_new_tokens=12, sampling=Sampling(1.0, seed=3))
-    assert batch[0] == first
+    assert answer(temperature=1e-300) == greedy  # a quotient beyond what numbers hold
+    batch = model.answer_batch(paths[:2], "Where?", max_new_tokens=12, sampling=Sampling(1.0, seed=3))
+    assert batch[0].text == first
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"seed": 2**64}, {"seed": None}],
+)
 def test_sampling_out_of_range(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Sampling(**values)
@@ -262,9 +380,20 @@ def test_probabilities_of_choices(model, paths, choices, shown, answers):
     assert answer.text == choices[expected.index(max(expected))]
 
 
-@pytest.mark.parametrize("choices", [[], ["liver"], ["liver", "liver"], ["liver", " "]])
-def test_choices_that_are_none(model, paths, choices):
-    with pytest.raises(QuestionError, match="two or more different"):
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([], "two or more different"),
+        (["liver"], "two or more different"),
+        ("liver", "two or more different"),  # no list of letters
+        (["liver", "liver "], "two or more different"),
+        (["liver", " "], "a choice is empty"),
+        (["liver", 3], "a choice is no text: 3"),
+        (["<im_patch>", "b", "c", "d", "e"], "a choice holds <im_patch>"),
+    ],
+)
+def test_choices_that_are_none(model, paths, choices, message):
+    with pytest.raises(QuestionError, match=message):
         model.answer(paths[0], "Where?", choices=choices)
 
 
@@ -332,16 +461,70 @@ def test_a_stopped_answer_belongs_to_the_conversation_it_was_asked_in(model, pat
 def test_dtype_of_the_files_unless_another_one_is_asked_for(folder, model):
     assert model.dtype == torch.float32
     assert load_model(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(folder, device=torch.device("cpu"), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
         load_model(folder, dtype="int3")
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("load", [load_model, load_clip])
+@pytest.mark.parametrize("device", ["nosuch", "cuda:99", "privateuseone", "hpu", "meta", ""])
+def test_devices_that_cannot_be_used(folder, load, device):
+    with pytest.raises(DeviceError, match=f"device {device}"):
+        load(folder, device=device)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_incomplete_folder(folder, tmp_path, missing):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / missing).unlink()
     with pytest.raises(CheckpointError, match=str(tmp_path / "copy")):
         load_model(tmp_path / "copy", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json", "generation_config.json"])
+def test_half_written_files(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=str(tmp_path / "copy")):
+        load_model(tmp_path / "copy", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_half_written_files_of_a_dual_encoder(tmp_path, name):
+    folder = write_tiny_clip(tmp_path / "clip")
+    (folder / name).write_text('{"preprocess": {')
+    with pytest.raises(CheckpointError, match=str(folder)):
+        load_clip(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_image_tokens": 7}, "the number of image tokens is 7 in .*, 6 in its model"),
+        ({"preprocess": {"size": [16, 16, 16]}}, r"the size of the image \(D, H, W\) is \(16, 16, 16\)"),
+        ({"image_token": "[PAD]"}, r"the id of \[PAD\] is"),
+        ({"image_token": "<other>"}, "<other>"),
+    ],
+)
+def test_files_of_different_models_are_found_before_the_first_question(folder, tmp_path, changes, message):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    values = json.loads((copy / "processor_config.json").read_text())
+    (copy / "processor_config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(copy, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["models/no/such", "/nowhere/model", "~/model"])
+def test_a_path_is_not_looked_for_on_the_hub(name):
+    for load in (load_model, load_clip):
+        with pytest.raises(CheckpointError, match=f"^{name}: no such folder; name a folder, or"):
+            load(name, device="cpu")
+
+
+def test_a_file_is_no_model(folder):
+    with pytest.raises(CheckpointError, match="model.safetensors is a file: name the folder"):
+        load_model(folder / "model.safetensors", device="cpu")
 
 
 def test_other_architecture_is_named(tmp_path):
@@ -356,11 +539,6 @@ def test_importing_the_package_is_light_and_still_offers_its_names():
 
 
 # ---------------------------------------------------------------- the dual encoder
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return load_clip(write_tiny_clip(tmp_path_factory.mktemp("models") / "clip"), device="cpu")
 
 
 def test_dual_encoder_gives_unit_features(clip):
@@ -383,6 +561,22 @@ def test_rank_says_which_text_belongs_to_which_scan(tmp_path, paths, loss_type):
     scale = (clip.model.t_prime if loss_type == "sigmoid" else clip.model.logit_scale).detach().exp()
     torch.testing.assert_close(ranking.probabilities, (scale * images @ words.T).softmax(1))
     assert ranking.similarity.gather(1, ranking.order).diff(dim=1).max() <= 0
+    assert ranking.warnings == tuple(clip.see(path).warnings for path in paths[:2])
+    alone = clip.rank(paths[0], texts[1])  # one of each
+    torch.testing.assert_close(alone.similarity, ranking.similarity[:1, 1:2])
+
+
+def test_there_is_something_to_rank(clip, paths):
+    for scans, texts in (([], ["a cyst"]), (paths[:1], [])):
+        with pytest.raises(QuestionError, match="nothing to rank"):
+            clip.rank(scans, texts)
+
+
+def test_features_in_few_bits_are_of_unit_norm_too(tmp_path, paths):
+    clip = load_clip(write_tiny_clip(tmp_path / "clip"), device="cpu", dtype="bfloat16")
+    assert clip.dtype == torch.bfloat16
+    features = torch.stack([clip.embed_image(paths[0]), clip.embed_text("a large cyst in the liver")])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2), rtol=0, atol=1e-6)
 
 
 def test_texts_of_the_dual_encoder(clip):

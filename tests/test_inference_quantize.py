@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from med3dvlm.inference import QuantizationError, load_model
-from med3dvlm.inference.quantize import FEW_ROWS, Int8Linear, blocks_to_4bit, to_int8
+from med3dvlm.inference.quantize import FEW_ROWS, Int8Linear, Int8Quantizer, blocks_to_4bit, to_int8
 from med3dvlm.model.vlm import lora_target_modules
 from med3dvlm.model.weights import write_tensors
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_vlm
@@ -83,6 +83,21 @@ def test_other_dtype(folder, plain):
     expected, found = prompt_logits(plain), prompt_logits(small)
     assert (found - expected).norm() / expected.norm() < 0.05
     assert small.answer(torch.rand(1, *TINY_SIZE), QUESTION, max_new_tokens=4).tokens <= 4
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_converted_weights_are_not_copied_again(folder, monkeypatch, dtype):
+    """A copy of all of them would take their memory twice."""
+    converted, convert = {}, Int8Quantizer.convert
+
+    def recorded(self, key, tensor):
+        kept = convert(self, key, tensor)
+        converted.update(kept)
+        return kept
+
+    monkeypatch.setattr(Int8Quantizer, "convert", recorded)
+    state = load_model(folder, device="cpu", dtype=dtype, quantization="int8").model.state_dict()
+    assert {key for key in state if state[key].data_ptr() != converted[key].data_ptr()} == set()
 
 
 def test_every_form_of_weight_file(tmp_path, small):

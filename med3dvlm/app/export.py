@@ -13,7 +13,7 @@ MAX_PICTURES = 4
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b2128; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.3rem } figure { display: inline-block; margin: 0 .5rem .5rem 0; vertical-align: top }
-figure img { height: 15rem; max-width: 100%; background: #000; display: block }
+figure img { max-height: 16rem; max-width: 100%; display: block }
 figcaption, .facts { color: #5a6672; font-size: .85rem }
 .notice { border-left: 4px solid #b4530a; padding: .3rem .8rem; background: #fdf3e7 }
 .user { font-weight: 600; margin: 1.5rem 0 .3rem } p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 }

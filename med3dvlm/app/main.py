@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from med3dvlm.app.sessions import Sessions
-from med3dvlm.inference import BAD_INPUT, DTYPES, QUANTIZATIONS, Med3DVLM, load_model
+from med3dvlm.inference import BAD_INPUT, DTYPES, QUANTIZATIONS, CheckpointError, Med3DVLM, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "output/quickstart"  # as scripts/quickstart.sh writes it
@@ -58,18 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"GRADIO_SERVER_PORT is not a port: {os.environ['GRADIO_SERVER_PORT']!r}")
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"a port is a number from 1 to 65535, found {args.port}")
-    _check_device(parser, args.device)
     return args
-
-
-def _check_device(parser: argparse.ArgumentParser, name: str) -> None:
-    """An error of the parser unless tensors can be put there; "auto" always can."""
-    import torch
-
-    try:
-        torch.empty(0, device="cpu" if name == "auto" else name)
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of them, over many sentences
-        parser.error(f"--device {name} cannot be used here: {str(error).splitlines()[0].split('. ')[0]}")
 
 
 def choose_model(args: argparse.Namespace) -> tuple[Med3DVLM, str, str]:
@@ -80,7 +69,7 @@ def choose_model(args: argparse.Namespace) -> tuple[Med3DVLM, str, str]:
     if (QUICKSTART / "model/config.json").is_file():
         try:
             return load_model(QUICKSTART / "model", **options), "quickstart (trained on phantoms)", ""
-        except BAD_INPUT as error:
+        except CheckpointError as error:
             print(f"the quickstart's model is left out: {error}", file=sys.stderr)
     from med3dvlm.app.random_weights import write_random_model
 
@@ -165,7 +154,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         main(argv)
-    except (*BAD_INPUT, ValueError, OSError) as error:  # ValueError: a device or quantization that is not there
+    except (*BAD_INPUT, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,14 +7,15 @@ question nor an answer is ever rendered as HTML or Markdown.
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
 
-from med3dvlm.app.opening import Example, open_scan
-from med3dvlm.app.sessions import Session, Sessions
+from med3dvlm.app.opening import Example, open_scan, remedies
+from med3dvlm.app.sessions import Choices, Session, Sessions
 from med3dvlm.data.prompts import CAPTION_PROMPTS
-from med3dvlm.inference import BAD_INPUT, NOTICE, Answer, Med3DVLM, Sampling
+from med3dvlm.inference import NOTICE, Answer, Med3DVLM, QuestionError, Sampling, VolumeError
 
 STATIC = Path(__file__).parent / "static"
 TEMPLATES = {
@@ -105,7 +106,7 @@ class Page:
             self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
             self.tokens = gr.Slider(1, max(1, context // 2), max(1, min(256, context // 4)), step=1, label=LONGEST)
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            self.seed = gr.Number(0, label="Seed", precision=0)
 
     # ---------------------------------------------------------------- who answers to what
 
@@ -117,9 +118,12 @@ class Page:
         for event, opens in (
             (self.viewer.upload, self.open_upload),
             (self.viewer.select, self.open_example),
-            (self.viewer.input, self.open_series),
+            (self.viewer.input, self.open_choice),
         ):
-            opening = event(opens, None, [self.viewer, self.chat], concurrency_limit=2, **quiet)
+            # "multiple": what is chosen while another scan is read comes next, instead of being dropped
+            opening = event(
+                opens, None, [self.viewer, self.chat], concurrency_limit=2, trigger_mode="multiple", **quiet
+            )
             opening.failure(self.opening_failed, None, self.viewer, queue=False, **quiet)
         for button, text in zip(self.templates, TEMPLATES.values(), strict=True):
             button.click(None, None, self.question, js=f"() => {text!r}", **quiet)
@@ -149,6 +153,7 @@ class Page:
             "examples": [example.name for example in self.examples],
             "scan": session.scan,
             "error": error,
+            "remedies": session.refused.labels if session.refused else [],
             "number": session.number,
         }
 
@@ -161,25 +166,35 @@ class Page:
     def open_example(self, event: gr.EventData, request: gr.Request):
         return self._open(self._session(request), self.examples[int(event.example)].path)
 
-    def open_series(self, event: gr.EventData, request: gr.Request):
+    def open_choice(self, event: gr.EventData, request: gr.Request):
+        """Another series or volume of the files that are open, or a way to open those that were refused."""
         session = self._session(request)
-        return self._open(session, session.source, str(event.series))
+        choices = session.refused if event.list is None else session.lists[int(event.list)]
+        if choices is None:  # meanwhile something else was opened
+            return self._state(session), session.shown()
+        return self._open(session, choices.source, replace(choices, chosen=int(event.option)))
 
     def opening_failed(self, request: gr.Request) -> dict:
         """After an error that nobody has foreseen; Gradio prints it in the terminal."""
         return self._state(self._session(request), FAILED)
 
-    def _open(self, session: Session, source: Path | None, series: str | None = None):
-        try:
-            with session.opening:
-                open_scan(session, source, series)
-        except BAD_INPUT as error:  # without the folders that lead to the files
-            name = source.name if source and source.is_file() else "the upload"
-            text = str(error).replace(f"{source}/", "").replace(str(source), name)
-            return self._state(session, text), session.shown()
-        finally:
-            session.tidy()
-        return self._state(session), session.shown()
+    def _open(self, session: Session, source: Path, choices: Choices | None = None):
+        with session.opening:
+            session.refused, text = None, ""
+            uploaded = source.parent == session.uploads
+            if uploaded:
+                session.batch = int(source.name)
+            try:
+                open_scan(session, source, choices)
+            except VolumeError as error:  # without the folders that lead to the files
+                name = "the upload" if uploaded else source.name
+                text = error.problem.replace(f"{source}/", "").replace(str(source), name)
+                session.refused = remedies(error, source, choices)
+            except QuestionError as error:
+                text = str(error)
+            finally:
+                session.tidy()
+        return self._state(session, text), session.shown()
 
     # ---------------------------------------------------------------- questions
 
@@ -204,11 +219,11 @@ class Page:
             yield gr.skip()  # nothing was taken; without it Gradio would empty the conversation
             return
         question, reply = messages[-2]["text"], messages[-1]
-        sampling = Sampling(temperature, top_p, int(seed or 0))
         kind = "caption" if question in CAPTION_PROMPTS else "vqa"
         try:
+            sampling = Sampling(temperature, top_p, int(seed or 0))
             stream = session.chat.stream(question, kind, int(tokens), sampling=sampling)
-        except BAD_INPUT as error:
+        except ValueError as error:  # a question that doesn't fit, a seed beyond 64 bits
             reply.update(_note(str(error).replace("max_new_tokens", f'"{LONGEST}" under "Sampling"')))
             yield session.shown()
             return

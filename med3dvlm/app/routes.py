@@ -4,8 +4,8 @@ Uploads and scans go through addresses that hold a session's token; Gradio's own
 """
 
 import re
-import shutil
 from importlib.resources import files
+from pathlib import Path
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
@@ -13,7 +13,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from med3dvlm.app.export import check_pictures, conversation_page
-from med3dvlm.app.sessions import Session, Sessions, safe_name
+from med3dvlm.app.sessions import Session, Sessions, safe_path
 
 STATIC = files("med3dvlm.app") / "static"
 PREFIX = "/med3dvlm"
@@ -92,17 +92,21 @@ def routes(sessions: Sessions, limit: int, model_name: str) -> list:
         session = _session(request)
         if session is None:
             return PlainTextResponse("This page has expired. Reload it.", 404)
-        folder = session.batch_folder(request.path_params["batch"])
-        folder.mkdir(parents=True, exist_ok=True)
-        target = _free(folder, safe_name(request.query_params.get("name", "")))
-        left = limit - sum(file.stat().st_size for file in folder.iterdir())
+        batch = request.path_params["batch"]
+        left = limit - session.received.get(batch, 0)
         try:
+            target = _free(session.batch_folder(batch) / safe_path(request.query_params.get("name", "")))
+            target.parent.mkdir(parents=True, exist_ok=True)
             if int(request.headers.get("content-length", 0)) > left or not await _receive(request, target, left):
-                shutil.rmtree(folder, ignore_errors=True)
+                session.discard(batch)
                 return PlainTextResponse(f"Too large: at most {limit / 1e9:.1f} GB can be opened.", 413)
         except ClientDisconnect:  # cancelled in the browser
-            shutil.rmtree(folder, ignore_errors=True)
+            session.discard(batch)
             return Response(status_code=499)
+        except OSError as error:  # a full disk, a file and a folder of the same name
+            session.discard(batch)
+            return PlainTextResponse(f"The files could not be stored: {error.strerror}.", 507)
+        session.received[batch] = limit - left + target.stat().st_size
         return Response(status_code=204)
 
     async def volume(request: Request) -> Response:
@@ -150,9 +154,9 @@ async def _receive(request: Request, target, left: int) -> bool:
     return True
 
 
-def _free(folder, name: str):
-    """A path in the folder that no file has yet: slices of two series may have the same names."""
-    target, count = folder / name, 1
+def _free(target: Path) -> Path:
+    """A path that no file has yet: slices of two series may have the same names."""
+    named, count = target, 1
     while target.exists():
-        target, count = folder / f"{count}_{name}", count + 1
+        target, count = named.with_name(f"{count}_{named.name}"), count + 1
     return target

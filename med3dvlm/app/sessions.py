@@ -5,9 +5,31 @@ import secrets
 import shutil
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from med3dvlm.inference import AnswerStream, Chat, Med3DVLM
+
+MAX_NAME, MAX_DEPTH = 200, 8  # bytes of a file's or folder's name, and how many of them a path may have
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the files of an upload or example can be read: one of several series or volumes, or in another way.
+
+    name: what is chosen. source: the files. labels, readings: for each choice what the page shows, and the options of
+    `load_volume`. chosen: which of them is shown.
+    """
+
+    name: str
+    source: Path
+    labels: tuple[str, ...]
+    readings: tuple[dict, ...]
+    chosen: int = 0
+
+    def shown(self) -> dict:
+        """What the page is told of it."""
+        return {"name": self.name, "labels": self.labels, "chosen": self.chosen}
 
 
 class Session:
@@ -18,7 +40,10 @@ class Session:
         folder: for this session's files only; others may not enter it.
         chat: the conversation with the model.
         messages: what the page shows of it.
-        scan: what the page knows about the opened scan, None before there is one; source: where it was read from.
+        scan: what the page knows about the opened scan, None before there is one; source: where it was read from;
+            lists: what else its files hold.
+        refused: what could be done about the files that could not be opened just now, None where nothing can.
+        batch: the last upload that was read, or refused; received: bytes of each upload.
         stream: the answer that is being generated. opening: held while a scan is opened.
         stopped: the stop button was pressed since the last question. ended: the tab was closed.
         number: counts what the viewer was told, so that it knows what is new.
@@ -31,6 +56,10 @@ class Session:
         self.messages: list[dict] = []
         self.scan: dict | None = None
         self.source: Path | None = None
+        self.lists: list[Choices] = []
+        self.refused: Choices | None = None
+        self.batch = 0
+        self.received: dict[int, int] = {}
         self.stream: AnswerStream | None = None
         self.opening = threading.Lock()
         self.stopped = False
@@ -46,17 +75,28 @@ class Session:
         """The messages for the page, with notes that are not kept. Copies: Gradio compares with what it sent before."""
         return [dict(message) for message in (*self.messages, *notes)]
 
+    @property
+    def uploads(self) -> Path:
+        """Where the uploads lie, each in a folder of its own."""
+        return self.folder / "uploads"
+
     def batch_folder(self, batch: int) -> Path:
         """Where the files of the batch-th upload lie."""
-        return self.folder / "uploads" / str(batch)
+        return self.uploads / str(batch)
+
+    def discard(self, batch: int) -> None:
+        """Remove an upload that was broken off or refused."""
+        self.received.pop(batch, None)
+        shutil.rmtree(self.batch_folder(batch), ignore_errors=True)
 
     def tidy(self) -> None:
-        """Remove uploads that are no longer open, or everything where the tab was closed meanwhile."""
+        """Remove uploads up to the last one that nothing needs any longer; everything where the tab was closed."""
         if self.ended:
             shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in self.folder.glob("uploads/*"):
-            if folder != self.source:
-                shutil.rmtree(folder, ignore_errors=True)
+        needed = (self.source, self.refused and self.refused.source)
+        for batch in [batch for batch in self.received if batch <= self.batch]:
+            if self.batch_folder(batch) not in needed:
+                self.discard(batch)
 
     def end(self) -> None:
         """The tab was closed: stop the answer, remove the files."""
@@ -71,11 +111,11 @@ class Session:
             self.stream.stop()
 
 
-def safe_name(name: str) -> str:
-    """A file name as it may be used below a session's folder: no path, no control characters, not hidden, not long."""
-    name = re.split(r"[/\\]", name)[-1]
-    name = re.sub(r"[\x00-\x1f\x7f]", "", name).lstrip(".").strip()
-    return name[-150:] or "scan"
+def safe_path(name: str) -> Path:
+    """A path as it may be used below a session's folder: relative, nothing hidden, no control characters, not long."""
+    parts = (re.sub(r"[\x00-\x1f\x7f]", "", part).lstrip(".").strip() for part in re.split(r"[/\\]", name))
+    kept = [part.encode()[-MAX_NAME:].decode(errors="ignore") for part in parts if part]
+    return Path(*kept[-MAX_DEPTH:] or ["scan"])
 
 
 class Sessions:

@@ -1,4 +1,4 @@
-"""DCFormer's fused path timed against the plain formulation, on CPU: `sh scripts/benchmark.sh encoder`.
+"""DCFormer's fused path timed against the plain formulation: `sh scripts/benchmark.sh encoder`, here on a CPU.
 
 Plain is `med3dvlm.benchmark.plain`, run eagerly; fused is what `DCFormer` does by itself. Both alternate in one
 process, and medians count. Without `GLIBC_TUNABLES` (scripts/benchmark.sh sets it) large buffers are faulted in anew
@@ -35,10 +35,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
                         help=f"of {', '.join([*VARIANTS, 'vit3d'])} (default: small)")  # fmt: skip
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--size", nargs=3, type=int, default=[128, 256, 256], metavar=("D", "H", "W"))
-    parser.add_argument("--batch", type=int, default=1, help="volumes (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"],
+                        help="cuda: the GPU path in bfloat16 against eager code and torch.compile of it")  # fmt: skip
+    parser.add_argument("--batch", nargs="+", type=int, default=None,
+                        help="volumes, several on a GPU only (default: 1, on a GPU 1 8 64)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="default: torch's choice")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.batch = arguments.batch or ([1] if arguments.device == "cpu" else [1, 8, 64])
+    if arguments.device == "cpu" and len(arguments.batch) > 1:
+        parser.error("--batch takes one number on a CPU")
+    return arguments
 
 
 def build(variant: str, size: list[int], device: str = "cpu") -> nn.Module:
@@ -63,7 +70,7 @@ def fused(encoder: nn.Module, volume: Tensor) -> list[Tensor]:
 
 
 def call(encode: Callable, encoder: nn.Module, volume: Tensor, bfloat16: bool) -> list[Tensor]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(volume.device.type, torch.bfloat16, enabled=bfloat16):
         return encode(encoder, volume)
 
 
@@ -117,7 +124,7 @@ def training_row(variant: str, arguments: argparse.Namespace, volume: Tensor) ->
 def gigaflops(variant: str, arguments: argparse.Namespace) -> float:
     """Of the plain formulation's convolutions and products, counted without computing them."""
     encoder = build(variant, arguments.size, "meta").eval()
-    volume = torch.empty(arguments.batch, 1, *arguments.size, device="meta")
+    volume = torch.empty(*arguments.batch, 1, *arguments.size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(encoder, volume)
     return counter.get_total_flops() / 1e9
@@ -142,7 +149,7 @@ def kept_bytes(encode: Callable, encoder: nn.Module, volume: Tensor, bfloat16: b
 def peak_growth(variant: str, arguments: argparse.Namespace, encode: Callable) -> str:
     """MB by which a fresh process grows at most while it encodes in fp32; weights and volume are there before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return f"{process.submit(_growth, variant, arguments.size, arguments.batch, encode).result():.0f}"
+        return f"{process.submit(_growth, variant, arguments.size, *arguments.batch, encode).result():.0f}"
 
 
 def _growth(variant: str, size: list[int], batch: int, encode: Callable) -> float:
@@ -182,12 +189,14 @@ def ceilings() -> str:
 def main(argv=None) -> int:
     """The command line; prints Markdown."""
     arguments = parse_arguments(argv)
+    if arguments.device == "cuda":
+        return main_gpu(arguments)
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         print("error: GLIBC_TUNABLES is not set; start this with `sh scripts/benchmark.sh encoder`", file=sys.stderr)
         return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    volume = torch.rand(arguments.batch, 1, *arguments.size)
+    volume = torch.rand(*arguments.batch, 1, *arguments.size)
     print(f"{machine()}; {ceilings()}\nvolumes {list(volume.shape)}, medians of {arguments.repeats}, ms", flush=True)
     heads = {
         "inference": ["encoder", "M parameters", "GFLOP", *FORMS, "fp32 ratio", "bf16 ratio, to plain fp32",
@@ -198,6 +207,20 @@ def main(argv=None) -> int:
     for mode in arguments.modes:
         lines = [rows[mode](variant, arguments, volume) for variant in arguments.variants]
         print(f"\n{mode}\n\n{table(heads[mode], lines)}", flush=True)
+    return 0
+
+
+def main_gpu(arguments: argparse.Namespace) -> int:
+    """The command line with `--device cuda`."""
+    from med3dvlm.benchmark import encoder_gpu  # which imports this module
+
+    reason = encoder_gpu.refusal(arguments.variants)
+    if reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    print(f"{machine()}\nvolumes of {arguments.size}, medians of {arguments.repeats}, ms", flush=True)
+    for lines in encoder_gpu.report(arguments):
+        print(lines, flush=True)
     return 0
 
 

@@ -4,6 +4,7 @@ python -m med3dvlm.benchmark.preparation --cases 3 --repeats 5
 """
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,11 +82,14 @@ def _report(folder: Path, count: int, repeats: int) -> str:
 
     def plainly():
         for case in cases:
-            prepare_plainly(case.raw / name, folder / "plain" / case.folder / f"{name}.nii.gz")
+            target = folder / "plain" / case.folder / f"{name}.nii.gz"
+            target.unlink(missing_ok=True)  # a file system may take its time to replace what is there
+            prepare_plainly(case.raw / name, target)
 
     def ours(work: CaseWorker):
         for case in cases:
-            list(work(Task(case, stale=frozenset([f"{case.folder}/{name}.nii.gz"]))))
+            (work.options.output / case.folder / f"{name}.nii.gz").unlink(missing_ok=True)
+            list(work(Task(case)))
 
     options = {
         dtype: Options(folder / "raw", folder / dtype, PreprocessConfig(size=PUBLISHED_SIZE), dtype) for dtype in DTYPES
@@ -95,9 +99,10 @@ def _report(folder: Path, count: int, repeats: int) -> str:
     rows = [_row(key, times[key], times["plain"], folder / key, folder / "plain", count) for key in times]
     header = ["", "wall s", "CPU s", "cases / s", "wall ratio", "CPU ratio", "MB", "size ratio", "max abs difference"]
     kilobytes = sum(file.stat().st_size for case in cases for file in case.raw.rglob("*.jpeg")) / count / SLICES / 1000
+    tuned = "set" if "GLIBC_TUNABLES" in os.environ else "not set"
     title = (
         f"Preparation, one process, {count} cases of {SLICES} JPEG slices of {WIDTH}x{WIDTH} ({kilobytes:.0f} kB), "
-        f"median of {repeats}; seconds and MB are per case:"
+        f"median of {repeats}; GLIBC_TUNABLES {tuned}; seconds and MB are per case:"
     )
     return f"{title}\n\n{table(header, rows)}"
 

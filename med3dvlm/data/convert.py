@@ -17,7 +17,6 @@ from pathlib import Path
 
 from med3dvlm.data import prepare
 from med3dvlm.data.data_card import Written, draw_splits, split_rule, write_data_card
-from med3dvlm.data.files import write_bytes
 from med3dvlm.data.outputs import VERSION, write_manifests, write_mapping
 from med3dvlm.data.prepare_arguments import parse_arguments
 from med3dvlm.data.profile import DataProfile, summarize, write_preparation
@@ -85,7 +84,7 @@ def why_not_linked(collection: Collection, options: Options) -> str:
         if case.hidden:
             return "paths may name patients, and links would show them"
         if case.raw is not None or any(item.path.is_dir() for item in case.items):
-            return "training reads files, and this input has folders of slices"
+            return "training reads files, and this input has folders"
         for item in case.items:
             if item.dicom or _ending(item.path) is None:
                 return f"{item.path.name} is not one file with one volume ({', '.join(LINKED)})"
@@ -107,14 +106,10 @@ def _profile(cases: list[Case]) -> DataProfile:
 
 def _write_report(case: Case, output: Path) -> None:
     try:
-        text = case.report()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{case.text_file}: the report can't be read ({error})") from error
-    target = output / case.folder / "text.txt"
-    if text:
-        write_bytes(target, text.encode("utf-8"))
-    else:
-        target.unlink(missing_ok=True)  # of an earlier run, when there was one
+        case.write_report(output)
+    except UnicodeDecodeError as error:
+        reason = f"the report is not UTF-8 text ({error.reason}); save it as UTF-8"
+        raise SourceError(f"{case.text_file}: {reason}") from error
 
 
 def _link(source: Path, target: Path) -> None:

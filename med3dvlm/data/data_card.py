@@ -76,12 +76,12 @@ def write_data_card(
     parts = [
         f"# Data card: {written.output.name}\n\nWritten by `med3dvlm.data`; form of the input: `{collection.kind}`.",
         "## What it holds\n\n" + _counts(cases, collection, written, texts),
-        "## Images\n\n" + f"{profile}." if profile.cases else "",
+        f"## Images\n\n{profile}." if profile.cases else "",
         "## Texts\n\n" + _about_texts([text for text in texts.values() if text]),
         _about_questions(collection, written),
         _about_labels(collection, written),
         "## Splits\n\n" + _about_splits(collection, fractions),
-        "## Checks\n\n" + _bullets([*checks, *CHECKS]),
+        "## Checks\n\n" + _bullets([*checks, *(CHECKS if collection.manifest is None else CHECKS_OF_OTHERS)]),
         "## Left out, and notes\n\n" + _bullets([*_left_out(collection), *collection.notes, *notes] or ["nothing"]),
     ]
     path = written.output / CARD
@@ -95,6 +95,12 @@ CHECKS = (
     "no patient has cases in two splits, and no file belongs to two patients (an error otherwise)",
     "no training question is about an image of another split, nor the other way round (left out otherwise)",
     "the columns that are needed are there, and the files that a list names exist (an error otherwise)",
+)
+
+
+CHECKS_OF_OTHERS = (
+    "the splits are those of the manifest that came with the data, which were not checked; "
+    "`python -m med3dvlm.data.verify` finds cases that are in several",
 )
 
 
@@ -202,7 +208,8 @@ def _about_splits(collection: Collection, fractions: tuple[float, float, float])
 def _left_out(collection: Collection) -> list[str]:
     reasons = Counter(reason.partition(":")[0] for _, reason in collection.left_out)
     lines = [f"{count} files left out: {reason}" for reason, count in reasons.most_common()]
-    return lines + (["`unmatched.csv` lists every name that belongs to nothing here"] if collection.unmatched else [])
+    listed = bool(collection.unmatched or collection.left_out)
+    return lines + ["`unmatched.csv` lists every name that was left out or belongs to nothing here"] * listed
 
 
 def _listed(counts: Counter) -> str:

@@ -1,9 +1,9 @@
 """From a folder of slices straight to its prepared volume: the published preset, slice by slice, in bytes.
 
 The same result as `preprocess(load_volume(folder))`, which expands the whole series to float32 first. Here slices stay
-uint8: minimum, maximum and bounding box come from projections, each slice is resized inside the box while it is in the
-processor's cache, and neighbouring slices are blended into each slice of the result. The memory that this takes does
-not depend on the number of slices (see `SlicePreparer`). Torch is not needed.
+uint8: maximum and bounding box come from the highest value of each pixel over all slices, each slice is resized inside
+the box while it is in the processor's cache, and neighbouring slices are blended into each slice of the result. The
+memory that this takes does not depend on the number of slices (see `SlicePreparer`). Torch is not needed.
 
 Grey JPEG and PNG files are decoded by OpenCV, whose values are those of Pillow (tested); colour, palettes, 16 bits and
 whatever looks odd go through Pillow, whose rule is the published one.
@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from med3dvlm.data.geometry import linear_taps
 from med3dvlm.data.readers.slices import read_slice
 from med3dvlm.data.volume import VolumeError, slice_files
 
@@ -44,21 +45,18 @@ class _DeeperThanBytes(Exception):
 
 @dataclass
 class _Series:
-    """The slices of one shape (H, W): files, what was kept of them, projections."""
+    """The slices of one shape (H, W): files, what was kept of them, extremes."""
 
     files: list[Path] = field(default_factory=list)
     kept: list[np.ndarray | None] = field(default_factory=list)
     sampled: list[np.ndarray] = field(default_factory=list)
     highest: list[int] = field(default_factory=list)  # of each slice
     lowest: int = 255
-    rows: np.ndarray | int = 0  # [H] uint8, the highest value of each row over all slices
-    columns: np.ndarray | int = 0  # [W] uint8
+    peak: np.ndarray | None = None  # [H, W] uint8, the highest value of each pixel over all slices
 
     def add(self, file: Path, image: np.ndarray, keep: bool, sampled: bool) -> None:
-        columns = image.max(axis=0)
-        self.rows = np.maximum(self.rows, image.max(axis=1))
-        self.columns = np.maximum(self.columns, columns)
-        self.highest.append(int(columns.max()))
+        self.peak = image.copy() if self.peak is None else np.maximum(self.peak, image, out=self.peak)
+        self.highest.append(int(image.max()))
         self.lowest = min(self.lowest, int(image.min()))
         self.files.append(file)
         self.kept.append(image if keep else None)
@@ -109,7 +107,7 @@ class SlicePreparer:
             return None
         if array.min() == array.max():
             raise VolumeError(f"{folder}: nearly all of its values are the same, there is nothing to see")
-        shape = (len(series.files), len(series.rows), len(series.columns))
+        shape = (len(series.files), *series.peak.shape)
         count = len(series.files) + left_out
         notes = (f"{left_out} of {count} slices left out: their size is not the common {shape[1:]}",)
         return PreparedSlices(array, shape, np.stack(series.sampled), notes if left_out else ())
@@ -135,9 +133,9 @@ class SlicePreparer:
     def _resize(self, series: _Series, low: int, high: int) -> np.ndarray:
         """Crop to the voxels above the minimum and resize, trilinear with half-pixel centres."""
         depth = _extent(np.array(series.highest) > low)
-        box = _extent(series.rows > low), _extent(series.columns > low)
-        rows, columns = (_taps(e.stop - e.start, size) for e, size in zip(box, self.size[1:], strict=True))
-        upper, lower, weights = _taps(depth.stop - depth.start, self.size[0])
+        box = tuple(_extent(series.peak.max(axis=axis) > low) for axis in (1, 0))
+        rows, columns = (linear_taps(e.stop - e.start, size) for e, size in zip(box, self.size[1:], strict=True))
+        upper, lower, weights = linear_taps(depth.stop - depth.start, self.size[0])
         unit = 255 if self.codes else 1
         if high - low < LOW_CONTRAST:
             table, scale, offset = _published_values(low, high), unit, 0
@@ -193,17 +191,6 @@ def _published_values(low: int, high: int) -> np.ndarray:
     return values / max(values[high], np.float32(1e-8))
 
 
-def _taps(count: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two source positions and the weight of the second, for each position of the result.
-
-    Positions are rounded as torch rounds them: a float32 scale, one rounding for the product and the difference.
-    """
-    scale = np.float64(np.float32(count) / np.float32(size))
-    position = np.maximum(scale * (np.arange(size) + 0.5) - 0.5, 0).astype(np.float32)
-    first = position.astype(np.int64)
-    return first, np.minimum(first + 1, count - 1), position - first.astype(np.float32)
-
-
 def _all_exact(shape, size) -> bool:
     """Whether float32 holds all scales exactly, as for the published size: then OpenCV's positions are torch's."""
     return all(float(np.float32(n / m)) == n / m for n, m in zip(shape, size, strict=True))
@@ -217,7 +204,8 @@ def decode_slice(file: Path) -> np.ndarray:
         _DeeperThanBytes: more than 8 bits.
     """
     try:
-        data = file.read_bytes()
+        with open(file, "rb", buffering=0) as stream:
+            data = stream.read()
     except OSError as error:
         raise VolumeError(f"{file}: cannot be read ({error.strerror})") from error
     shape = _grey_shape(data)

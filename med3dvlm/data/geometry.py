@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes, ornt_transform
 
+from med3dvlm.data.scratch import let_go, new_array, slabs
+
 CANONICAL_AXES = ("I", "P", "L")  # where D, H and W point to
 OBLIQUE_DEGREES = 0.5  # smaller angles are not worth a warning
 EVEN_SHARE, EVEN_MM = 0.02, 0.1  # slices within this share of the spacing, or this distance, of a uniform grid are even
@@ -70,25 +72,37 @@ def canonical_turn(affine: np.ndarray) -> Turn | None:
     )
 
 
-def empty_turned(shape: tuple[int, int, int], affine: np.ndarray | None) -> np.ndarray:
+def empty_turned(shape: tuple[int, int, int], affine: np.ndarray | None, scratch=None) -> np.ndarray:
     """An unfilled float32 array `[k, j, i]` that lies in memory as `[D, H, W]`: what is decoded into it is turned.
 
-    Without a usable affine it lies as `[k, j, i]`.
+    Without a usable affine it lies as `[k, j, i]`. scratch: folder for a large one, as in `new_array`.
     """
     turn = None if affine is None else canonical_turn(affine)
     if turn is None:
-        return np.empty(shape, np.float32)
-    array = np.empty([shape[axis] for axis in turn.source], np.float32)  # [D, H, W]
+        return new_array(shape, scratch)
+    array = new_array([shape[axis] for axis in turn.source], scratch)  # [D, H, W]
     array = array[tuple(slice(None, None, -1 if r else 1) for r in turn.reverse)]
     return array.transpose(np.argsort(turn.source))
+
+
+def linear_taps(count: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each position of an axis is interpolated from when `count` voxels become `size`: two positions, and the
+    weight of the second. Half-pixel centres.
+
+    Positions are rounded as torch rounds them: a float32 scale, one rounding for the product and the difference.
+    """
+    scale = np.float64(np.float32(count) / np.float32(size))
+    position = np.maximum(scale * (np.arange(size) + 0.5) - 0.5, 0).astype(np.float32)
+    first = position.astype(np.int64)
+    return first, np.minimum(first + 1, count - 1), position - first.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Grid:
     """How well slice positions fit a uniform grid.
 
-    even: all within 2% of the spacing, or 0.1 mm, of the uniform grid that fits best, and no slice is missing.
-    spacing: mm, the mean of the steps if even, else their median. deviation: mm, the largest from the best grid.
+    even: all within 2% of the spacing, or 0.1 mm, of a uniform grid, and no slice is missing.
+    spacing: mm, the mean of the steps if even, else their median. deviation: mm, the largest from that grid.
     gap: mm, the widest step; `gap_after`: the number of the slice before it.
     """
 
@@ -100,7 +114,7 @@ class Grid:
 
 
 def slice_grid(positions) -> Grid:
-    """Compare increasing slice positions in mm with the uniform grid that fits them best.
+    """Compare increasing slice positions in mm with a uniform grid.
 
     Raises:
         GeometryError: fewer than two, not finite, or not strictly increasing.
@@ -110,19 +124,26 @@ def slice_grid(positions) -> Grid:
     if len(steps) == 0 or not np.isfinite(positions).all() or not (steps > 0).all():
         raise GeometryError("slice positions must be finite and strictly increasing, two or more")
     mean, usual = (positions[-1] - positions[0]) / len(steps), float(np.median(steps))
-    deviation = _misfit(positions)
+    tolerance = max(EVEN_SHARE * mean, EVEN_MM)
+    deviation = _misfit(positions, tolerance)
     widest = int(np.argmax(steps))
-    even = deviation <= max(EVEN_SHARE * mean, EVEN_MM) + 1e-6 and steps[widest] < MISSING_STEPS * usual
+    even = deviation <= tolerance + 1e-6 and steps[widest] < MISSING_STEPS * usual
     return Grid(bool(even), float(mean if even else usual), deviation, float(steps[widest]), widest)
 
 
-def _misfit(positions: np.ndarray) -> float:
-    """The largest distance of increasing positions from the uniform grid for which it is smallest.
+def _misfit(positions: np.ndarray, tolerance: float) -> float:
+    """The largest distance of increasing positions from a uniform grid.
 
-    For a given spacing the best offset halves the range of what is left, and that range is convex in the spacing.
+    Where three quarters of the slices lie on one grid, it is that one: a grid that fits all as well as can be would
+    meet a slice out of place halfway. Otherwise it is the grid for which the distance is smallest.
     """
-    numbers, steps = np.arange(len(positions)), np.diff(positions)
-    low, high = steps.min(), steps.max()
+    numbers, lag = np.arange(len(positions)), max(1, len(positions) // 4)
+    left = positions - np.median((positions[lag:] - positions[:-lag]) / lag) * numbers
+    distances = np.abs(left - np.median(left))
+    if np.mean(distances <= tolerance / 5) >= 3 / 4:
+        return float(distances.max())
+    # For a given spacing the best offset halves the range of what is left, and that range is convex in the spacing.
+    low, high = np.diff(positions).min(), np.diff(positions).max()
     for _ in range(50):
         spacing = (low + high) / 2
         left = positions - spacing * numbers
@@ -130,11 +151,13 @@ def _misfit(positions: np.ndarray) -> float:
     return float(np.ptp(left)) / 2
 
 
-def resample_slices(array: np.ndarray, positions, spacing: float | None = None) -> tuple[np.ndarray, float]:
+def resample_slices(
+    array: np.ndarray, positions, spacing: float | None = None, scratch=None
+) -> tuple[np.ndarray, float]:
     """Interpolate slices linearly to a uniform grid from the first position to the last.
 
     array: `[k, j, i]`, whose slices lie at increasing `positions` (mm). spacing: of the result, mm; by default that of
-    most slices, adjusted so that a whole number of steps fits.
+    most slices, adjusted so that a whole number of steps fits. scratch: folder for a large result.
     Returns float32 `[K, j, i]` and the spacing it has.
     Raises:
         GeometryError: as `slice_grid`.
@@ -144,17 +167,20 @@ def resample_slices(array: np.ndarray, positions, spacing: float | None = None) 
     steps = max(1, round(length / (spacing or slice_grid(positions).spacing)))
     spacing = length / steps
     at = np.interp(positions[0] + spacing * np.arange(steps + 1), positions, np.arange(len(positions)))
-    result = np.empty((steps + 1, *array.shape[1:]), np.float32)
+    result = new_array((steps + 1, *array.shape[1:]), scratch)
     for target, index in enumerate(at):
         result[target] = _between(array, index)
+        let_go(array)
+        let_go(result)
     return result, float(spacing)
 
 
-def shear_slices(array: np.ndarray, rows, columns, fill: float) -> tuple[np.ndarray, tuple[int, int]]:
+def shear_slices(array: np.ndarray, rows, columns, scratch=None) -> tuple[np.ndarray, tuple[int, int]]:
     """Straighten a stack whose slices are shifted within their planes, as a tilted gantry leaves it.
 
     array: `[k, j, i]`. rows, columns: by how many voxels the origin of each slice lies further along j and along i than
-    that of a straight stack (any reals, one a slice). fill: value of what no slice covers.
+    that of a straight stack (any reals, one a slice). What no slice covers gets the smallest value. scratch: folder for
+    a large result.
     Returns float32 `[k, J, I]`, large enough to hold every slice, and (row, column) of its first voxel in the frame
     that `rows` and `columns` are counted in.
     """
@@ -162,10 +188,13 @@ def shear_slices(array: np.ndarray, rows, columns, fill: float) -> tuple[np.ndar
     first = int(np.floor(rows.min() + 1e-6)), int(np.floor(columns.min() + 1e-6))
     last = int(np.ceil(rows.max() - 1e-6)), int(np.ceil(columns.max() - 1e-6))
     height, width = (array.shape[axis + 1] + last[axis] - first[axis] for axis in (0, 1))
-    result = np.full((array.shape[0], height, width), fill, np.float32)
+    fill = min(float(part.min()) for part in slabs(array))
+    result = new_array((array.shape[0], height, width), scratch)
     for k, plane in enumerate(array):
         plane = _shifted(plane.astype(np.float32), rows[k] - first[0], height, fill)  # [J, i]
         result[k] = _shifted(plane.T, columns[k] - first[1], width, fill).T  # [J, I]
+        let_go(array)
+        let_go(result)
     return result, first
 
 

@@ -100,14 +100,15 @@ def ledger_name(shard: tuple[int, int] | None) -> str:
 def read_ledgers(folder) -> dict[str, dict]:
     """The latest line about each volume, from all ledgers of an output folder: volume -> the fields of its `Entry`.
 
-    What is known of when a volume was done (options, bytes, summary) stays known when it is skipped or fails later.
+    What is known of when a volume was done (source, options, bytes, summary) stays known when it is skipped or fails
+    later.
     """
     lines = [line for file in sorted(Path(folder).glob(PATTERN)) for line in _lines(file)]
     latest: dict[str, dict] = {}
     for line in sorted(lines, key=lambda line: line["time"]):
         before = latest.get(line["volume"], {})
         if line["status"] != DONE:
-            line = {**before, **line}
+            line = {**before, **line, "source": before.get("source", line.get("source", ""))}
         latest[line["volume"]] = line
     return latest
 

@@ -6,6 +6,7 @@ out. Paths are relative to the data root. Cells are text: "None" is an answer li
 "NA" (or nothing) mean that there is none.
 """
 
+import codecs
 import csv
 import json
 import shutil
@@ -191,9 +192,9 @@ def rename_manifest(path) -> int:
 
 
 def image_paths(path) -> list[str]:
-    """The image path of every row of a manifest (`.csv` or `.json`), as it stands there.
+    """The image path of every row of a manifest (`.csv` or `.json`), as it stands there; empty where it is none.
 
-    Raises ManifestError where the file is no manifest.
+    Raises ManifestError where the file cannot be read.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -221,11 +222,13 @@ def _renamed(image: str) -> str:
 
 def _rename_csv(path: Path) -> int:
     try:
-        with open(path, encoding="utf-8", newline="") as source:
+        with open(path, "rb") as source:
+            encoding = "utf-8-sig" if source.read(3) == codecs.BOM_UTF8 else "utf-8"
+        with open(path, encoding=encoding, newline="") as source:
             first = source.readline()
             source.seek(0)
             reader = csv.reader(source)
-            names = [name.removeprefix("\ufeff") for name in next(reader, [])]
+            names = next(reader, [])
             if PATH_COLUMN not in names:
                 raise ManifestError(f"{path}: lacks the column {PATH_COLUMN!r}; found {names}")
             column = names.index(PATH_COLUMN)
@@ -233,7 +236,7 @@ def _rename_csv(path: Path) -> int:
             if changed:  # otherwise the file stays as it is, to the byte
                 _keep_backup(path)
                 source.seek(0)
-                with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as target:
+                with atomic_path(path) as temporary, open(temporary, "w", encoding=encoding, newline="") as target:
                     writer = csv.writer(target, lineterminator="\r\n" if first.endswith("\r\n") else "\n")
                     for cells in csv.reader(source):
                         cells[column:column + 1] = map(_renamed, cells[column:column + 1])
@@ -255,13 +258,16 @@ def _rename_json(path: Path) -> int:
                 entry["image"] = _renamed(image)
                 changed += 1
     if changed:
-        _keep_backup(path)
-        write_bytes(path, json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8"))
+        try:
+            _keep_backup(path)
+            write_bytes(path, json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8"))
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be renamed ({error})") from error
     return changed
 
 
 def _read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read ({error})") from error

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from med3dvlm.data.data_card import Written, draw_splits, split_rule, write_data_card
@@ -61,7 +61,7 @@ def write_outputs(collection: Collection, options: Options, fractions: tuple[flo
 
 
 def write_manifests(collection: Collection, written: Written) -> list[str]:
-    """Write `M3D_Cap.json`, `M3D_VQA_*.csv`, and where there is something for them `labels.csv` and `unmatched.csv`.
+    """Write `M3D_Cap.json`, `M3D_VQA_*.csv`, and as far as there is something for them the tables of `_keep_table`.
 
     Volumes and texts are there already. Returns notes.
     """
@@ -72,12 +72,13 @@ def write_manifests(collection: Collection, written: Written) -> list[str]:
         notes += _write_manifest(collection.cases, written)
     notes += _write_questions(collection, written)
     images = {image: name for image, name in written.images.items() if image in collection.labels}
-    if images:
-        labels = list(dict.fromkeys(label for image in images for label in collection.labels[image]))
-        rows = [[name, *(collection.labels[i].get(label, "") for label in labels)] for i, name in images.items()]
-        _write_table(output / "labels.csv", [[REQUIRED_COLUMNS[0], *labels], *rows])
-    if collection.unmatched:
-        _write_table(output / "unmatched.csv", [["name", "reason"], *collection.unmatched])
+    labels = list(dict.fromkeys(label for image in images for label in collection.labels[image]))
+    rows = [[name, *(collection.labels[i].get(label, "") for label in labels)] for i, name in images.items()]
+    _keep_table(output / "labels.csv", [REQUIRED_COLUMNS[0], *labels], rows)
+    _keep_table(output / "unmatched.csv", ["name", "reason"], [*collection.unmatched, *collection.left_out])
+    patients = [[case.folder, case.group] for case in collection.cases if case.group and case.folder in written.volumes]
+    several = len({patient for _, patient in patients}) < len(patients)
+    _keep_table(output / "patients.csv", ["case", "patient"], patients if several else [])
     return notes
 
 
@@ -109,12 +110,15 @@ def _write_manifest(cases: list[Case], written: Written) -> list[str]:
 def _write_questions(collection: Collection, written: Written) -> list[str]:
     """Questions with choices to M3D_VQA_<split>.csv, the others to M3D_VQA_open_<split>.csv.
 
-    Both tables of the train split are there even if they are empty, because fine-tuning reads them; not for M3D, whose
-    tables come with it.
+    Both tables of the train split are there even if they are empty, because fine-tuning reads them. Nothing is written
+    for M3D, whose tables come with it.
     """
-    tables: dict[str, list[list[str]]] = defaultdict(list)
-    if collection.kind != "m3d":
-        tables |= {"M3D_VQA_train.csv": [], "M3D_VQA_open_train.csv": []}
+    if collection.kind == "m3d":
+        return []
+    kinds = {True: "M3D_VQA_{}.csv", False: "M3D_VQA_open_{}.csv"}  # whether there are choices
+    tables: dict[str, list[list[str]]] = {
+        kind.format(name): [] for kind in kinds.values() for name in TABLE_NAMES.values()
+    }
     left_out = 0
     for split, questions in collection.questions.items():
         for question in questions:
@@ -122,17 +126,20 @@ def _write_questions(collection: Collection, written: Written) -> list[str]:
                 left_out += 1
                 continue
             name = TABLE_NAMES[split or written.splits[written.cases[question.image]]]
-            tables[f"M3D_VQA_{name}.csv" if question.choices else f"M3D_VQA_open_{name}.csv"].append(
-                _cells(question, written.images[question.image])
-            )
-    for name, rows in sorted(tables.items()):
-        _write_table(written.output / name, [COLUMNS, *rows])
+            cells = _cells(question, written.images[question.image])
+            tables[kinds[bool(question.choices)].format(name)].append(cells)
+    for name, rows in tables.items():
+        _keep_table(written.output / name, COLUMNS, rows, always=name.endswith("_train.csv"))
     return [f"{left_out} questions are left out: their volume is not prepared"] if left_out else []
 
 
-def _write_table(path: Path, rows: Iterable[Sequence]) -> None:
+def _keep_table(path: Path, heading: Sequence[str], rows: Sequence[Sequence], always: bool = False) -> None:
+    """Let a table be there, or, where it would be empty, not: one of an earlier run may say what is no longer true."""
+    if not rows and not always:
+        path.unlink(missing_ok=True)
+        return
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([heading, *rows])
     _write_if_changed(path, text.getvalue())
 
 
@@ -142,14 +149,16 @@ def _cells(question: Question, image: str) -> list[str]:
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    data = text.encode("utf-8")
+    data = text.encode("utf-8", "backslashreplace")  # names of folders need not be UTF-8
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
 
 
 def write_mapping(collection: Collection, path: Path) -> None:
     """Which case stands for which files: a CSV that only this user can read. It belongs to the key, not to the data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8", newline="") as file:
+        os.fchmod(file.fileno(), 0o600)  # it may have been there
         writer = csv.writer(file)
         writer.writerow(["case", "source"])
         for case in collection.cases:

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from med3dvlm.data.download import download
 from med3dvlm.data.finished import is_finished, remove_leftovers
+from med3dvlm.data.items import find_items
 from med3dvlm.data.ledger import DONE, FAILED, SKIPPED, Entry, Ledger, LedgerError, ledger_name, locked, read_ledgers
 from med3dvlm.data.outputs import write_mapping, write_outputs
 from med3dvlm.data.prepare_arguments import parse_arguments
-from med3dvlm.data.sources import Collection, SourceError, SourceOptions, collect
+from med3dvlm.data.sources import Collection, SourceError, SourceOptions, collect, refuse_overwriting
 from med3dvlm.data.volume import VolumeError, reading_options
-from med3dvlm.data.work import DISK_FULL, CaseWorker, DiskFull, Options, Started, Task, find_items
+from med3dvlm.data.work import DISK_FULL, CaseWorker, DiskFull, Options, Started, Task
 from med3dvlm.data.workers import Death, run_tasks
 
 SHOWN = 20  # failures in the summary; the ledger has them all
@@ -108,12 +109,17 @@ def prepare(cases: list, options: Options, workers: int, ledger: Ledger, summary
 
 
 def _with_stale(cases: list, options: Options) -> Iterator[tuple]:
-    """Each case with its results that the ledger knows to be made with other options."""
+    """Each case with its results that the ledger knows to be made with other options, or from another file."""
+    lines = read_ledgers(options.output)
     stale: dict[str, set[str]] = {}
-    for volume, line in read_ledgers(options.output).items():
+    for volume, line in lines.items():
         if line.get("options", options.digest) != options.digest:
             stale.setdefault(line["case"], set()).add(volume)
-    return ((case, frozenset(stale.get(case.folder, ()))) for case in cases)
+    for case in cases:
+        items = [item for item in case.items if not (case.hidden or item.dicom)]
+        sources = {f"{case.folder}/{item.name}.nii.gz": os.path.relpath(item.path, options.root) for item in items}
+        moved = {volume for volume, source in sources.items() if lines.get(volume, {}).get("source", source) != source}
+        yield case, frozenset(moved | stale.get(case.folder, set()))
 
 
 def chosen(collection: Collection, shard: tuple[int, int] | None, limit: int | None) -> list:
@@ -173,15 +179,26 @@ def carry_out(arguments: argparse.Namespace, run: Callable[[argparse.Namespace, 
     try:
         collection = collect(Path(arguments.input_dir), arguments.source, source)
         output = Path(arguments.output_dir).resolve()
+        refuse_overwriting(collection, output)
         options = Options(collection.root, output, arguments.config, arguments.dtype, reading_options(arguments))
         return run(arguments, collection, options)
     except (SourceError, LedgerError, VolumeError) as error:
         print(error, file=sys.stderr)
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        print(f"the disk of {arguments.output_dir} is full: make room and start again", file=sys.stderr)
+        print(_about(error, arguments), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again", file=sys.stderr)
+        return INTERRUPTED
     return 1
+
+
+def _about(error: OSError, arguments: argparse.Namespace) -> str:
+    """A sentence, without names of files in the input, which may be those of patients."""
+    if error.errno in DISK_FULL:
+        return f"the disk of {arguments.output_dir} is full: make room and start again"
+    name = error.filename or arguments.output_dir
+    inside = Path(name).resolve().is_relative_to(Path(arguments.input_dir).resolve())
+    return f"{'a file of the input' if inside else name}: {error.strerror or error}"
 
 
 def run(arguments: argparse.Namespace, collection: Collection, options: Options) -> int:

@@ -39,7 +39,8 @@ def parse_arguments(argv=None, purpose: str = PURPOSE) -> argparse.Namespace:
     reports = "with DICOM: a table of reports, with the columns AccessionNumber and report"
     parser.add_argument("--reports", type=Path, help=reports)
     columns = "what the columns of a list, or of --reports, are called, for example image=Path text=Befund"
-    parser.add_argument("--columns", nargs="+", type=_column, default=[], metavar="NAME=COLUMN", help=columns)
+    parser.add_argument("--columns", nargs="+", action="extend", type=_column, default=[], metavar="NAME=COLUMN",
+                        help=columns)  # fmt: skip
     key = "secret behind the names of DICOM cases, made where there is none (default: <output_dir>.key)"
     parser.add_argument("--key_file", type=Path, help=key)
     parser.add_argument("--hash_ids", action="store_true", help="hash the names of cases that are no DICOM as well")

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from med3dvlm.data.geometry import linear_taps
 from med3dvlm.data.presets import PUBLISHED_SIZE, PreprocessConfig
+from med3dvlm.data.scratch import let_go, slabs
 from med3dvlm.data.volume import Volume, VolumeError
 
 _MR_PERCENTILES = (0.5, 99.5)
-_CHUNK_VOXELS = 1 << 22  # that pass through MONAI at once
+_MOST_SORTED = 1 << 27  # voxels that percentiles are taken of; of larger volumes every n-th slice counts
 _LEAST_CONTRAST = 0.01  # of the range 0..1; what a window leaves of a volume that has no HU
 
 
@@ -53,53 +55,64 @@ def build_pipeline(config: PreprocessConfig):
     return Compose(stages)
 
 
-def scale_intensity(image: torch.Tensor, config: PreprocessConfig) -> torch.Tensor:
-    """What the first stage of `build_pipeline(config)` makes of `[1, D, H, W]`, to the bit, with less memory.
+def _scaling(config: PreprocessConfig, array: np.ndarray, low: float, high: float):
+    """The first stage of `build_pipeline(config)`, to the bit, as a function of parts of a volume; and what becomes 0.
 
-    What `config.crop` will cut off is left out at once, and the rest goes some planes at a time through MONAI, which
-    makes several copies of what it scales.
+    low, high: extremes of `array` `[D, H, W]`.
     """
     from monai.transforms import ScaleIntensityRange
     from monai.transforms.utils_pytorch_numpy_unification import percentile
 
-    if config.preset == "published":
-        low, high = torch.aminmax(image)
-    elif config.preset == "mr":
-        low, high = (percentile(image, share) for share in _MR_PERCENTILES)
+    if config.preset == "mr":
+        step = -(-array.size // _MOST_SORTED)  # a volume that is too large for memory is not sorted whole
+        low, high = (percentile(torch.from_numpy(array[::step]), share) for share in _MR_PERCENTILES)
+    elif config.preset == "published":  # float32, as MONAI finds them in the volume
+        low, high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
     else:
         low, high = config.hu_range
     scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=config.preset != "published")
-    if config.crop:
-        image = image[(slice(None), *_box_above(image[0], low))]
-    scaled = torch.empty_like(image, memory_format=torch.contiguous_format)
-    step = max(1, _CHUNK_VOXELS // image[0, 0].numel())  # planes
-    for first in range(0, image.shape[1], step):
-        planes = slice(first, first + step)
-        scaled[:, planes] = scale(image[:, planes]).as_tensor()
-    return scaled
+    return lambda part: scale(torch.from_numpy(part)).as_tensor(), low
 
 
-def _box_above(image: torch.Tensor, floor) -> tuple[slice, ...]:
+def _box(array: np.ndarray, floor) -> tuple[slice, ...]:
     """The smallest box of `[D, H, W]` with all values above `floor`; everything where there are none."""
-    rows, columns = (torch.zeros(n, dtype=torch.bool) for n in image.shape[1:])
-    planes = []
-    for plane in image:  # one at a time: a mask of everything would take a quarter of the memory of the volume
-        above = plane > floor
-        rows |= above.any(1)
-        columns |= above.any(0)
-        planes.append(bool(above.any()))
-    inside = [along.nonzero().flatten().tolist() for along in (torch.tensor(planes), rows, columns)]
+    rows, columns, planes = 0, 0, []
+    for part in slabs(array):
+        above = torch.from_numpy(part) > floor  # [d, H, W]
+        rows, columns = rows | above.any(2).any(0), columns | above.any(1).any(0)
+        planes.append(above.any(2).any(1))
+    inside = [along.nonzero().flatten().tolist() for along in (torch.cat(planes), rows, columns)]
     return tuple(slice(found[0], found[-1] + 1) if found else slice(None) for found in inside)
+
+
+def _resized(array: np.ndarray, scale, size: tuple[int, int, int]) -> torch.Tensor:
+    """Scale `[D, H, W]` and `resize` it, to the bit, but plane by plane and without a copy of the volume."""
+    result = torch.empty(size)
+    upper, lower, weights = linear_taps(len(array), size[0])
+    held: dict[int, torch.Tensor] = {}  # by source plane
+    for index, (one, other) in enumerate(zip(upper.tolist(), lower.tolist(), strict=True)):
+        held = {plane: held[plane] for plane in held.keys() & {one, other}}
+        for plane in {one, other} - held.keys():
+            held[plane] = resize(scale(array[plane : plane + 1]), (1, *size[1:]))[0]  # [H, W] of the result
+            let_go(array)
+        weight = float(weights[index])
+        # In the order, and with the roundings, of torch's kernel for volumes.
+        torch.addcmul(held[other] * weight, held[one], torch.tensor(1 - weight), out=result[index])
+    return result
 
 
 def scale_to_fit(image, size: tuple[int, int, int]):
     """Scale a MetaTensor `[1, D, H, W]` to voxels of one length on all axes, as large as fits into `size`."""
     from monai.transforms import Resize
 
-    extent = np.array(image.shape[1:]) * np.asarray(image.pixdim)  # mm along D, H, W
+    return Resize(fitted_size(image.shape[1:], image.pixdim, size), mode="trilinear", align_corners=False)(image)
+
+
+def fitted_size(shape, spacing, size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The largest size within `size` that has the proportions of `shape` voxels of `spacing` mm (all D, H, W)."""
+    extent = np.array(shape) * np.asarray(spacing)  # mm
     voxel = (extent / size).max()  # mm
-    scaled = np.clip(np.rint(extent / voxel), 1, size).astype(int).tolist()
-    return Resize(scaled, mode="trilinear", align_corners=False)(image)
+    return tuple(np.clip(np.rint(extent / voxel), 1, size).astype(int).tolist())
 
 
 def preprocess(volume: Volume | np.ndarray, preset="published", size=PUBLISHED_SIZE, **options) -> torch.Tensor:
@@ -118,16 +131,16 @@ def preprocess(volume: Volume | np.ndarray, preset="published", size=PUBLISHED_S
     array, name = volume.array, volume.path or "volume"
     if array.ndim != 3:
         raise VolumeError(f"{name}: expected [D, H, W], found shape {array.shape}")
-    image = torch.from_numpy(array)  # [D, H, W]
-    low, high = (value.item() for value in torch.aminmax(image))
+    lows, highs = zip(*(torch.aminmax(torch.from_numpy(part)) for part in slabs(array)), strict=True)
+    low, high = torch.stack(lows).min().item(), torch.stack(highs).max().item()
     if volume.prepared or config.preset == "prepared":
         if low < 0 or high > 1:
             raise VolumeError(
                 f"{name}: prepared values lie within 0..1, found {low:g}..{high:g}; use the published preset"
             )
-        return resize(image, config.size)[None]  # [1, D, H, W]
+        return resize(torch.from_numpy(array), config.size)[None]  # [1, D, H, W]
     _check_contrast(name, low, high, config)
-    return _run(config, image, volume.spacing, name)  # [1, D, H, W]
+    return _run(config, volume, (low, high), name)  # [1, D, H, W]
 
 
 def resize(image: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
@@ -152,13 +165,20 @@ def _check_contrast(name: str, low: float, high: float, config: PreprocessConfig
         )
 
 
-def _run(config: PreprocessConfig, image: torch.Tensor, spacing, name: str) -> torch.Tensor:
-    """Send `[D, H, W]` through the pipeline. Raises VolumeError where percentiles leave nothing to scale by."""
-    from monai.data import MetaTensor
+def _run(config: PreprocessConfig, volume: Volume, extremes: tuple[float, float], name: str) -> torch.Tensor:
+    """What `build_pipeline(config)` makes of a volume, without its copies of the volume. extremes: of the values.
 
-    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
-    scaled = MetaTensor(scale_intensity(image[None], config), affine=affine)  # [1, D, H, W]
-    result = build_pipeline(config)(scaled, start=1).as_tensor()
+    Raises VolumeError where percentiles leave nothing to scale by.
+    """
+    from monai.transforms import ResizeWithPadOrCrop
+
+    scale, floor = _scaling(config, volume.array, *extremes)
+    inside = volume.array[_box(volume.array, floor)] if config.crop else volume.array
+    if config.keep_aspect:
+        result = _resized(inside, scale, fitted_size(inside.shape, volume.spacing, config.size))
+        result = ResizeWithPadOrCrop(config.size)(result[None]).as_tensor()  # [1, D, H, W]
+    else:
+        result = _resized(inside, scale, config.size)[None]  # [1, D, H, W]
     low, high = (value.item() for value in torch.aminmax(result))
     if low < -1e-4 or high > 1 + 1e-4 or not high > low:
         raise VolumeError(f"{name}: nearly all of its values are the same, there is nothing to see")

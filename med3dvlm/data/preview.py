@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from med3dvlm.data.checks.inputs import Inputs, NothingToCheck, find_inputs, preparation_of
+from med3dvlm.data.checks.inputs import Inputs, NothingToCheck, add_arguments, find_inputs, preparation_of
 from med3dvlm.data.checks.leakage import case_of
 from med3dvlm.data.checks.page import document, picture, three_planes
 from med3dvlm.data.checks.volumes import Reader
@@ -48,10 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="prepared folder, or the data root that holds it and M3D-VQA")
-    parser.add_argument("--manifest", help="M3D_Cap.json, where it is not in DIR or a folder of DIR")
-    parser.add_argument("--tables", nargs="*", help="tables of questions, where they are not in DIR or M3D-VQA")
-    parser.add_argument("--data_root", help="what paths are relative to (default: where the first images are found)")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, help="file to write (default: DIR/preview.html)")
     parser.add_argument("--cases", type=int, default=24, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another one, another sample (default: %(default)s)")

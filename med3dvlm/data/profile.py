@@ -14,6 +14,7 @@ import numpy as np
 
 from med3dvlm.data.files import write_bytes
 from med3dvlm.data.presets import PreprocessConfig, check_preparation
+from med3dvlm.data.scratch import slabs
 from med3dvlm.data.volume import Volume
 
 PREPARATION_FILE = "preparation.json"  # in a prepared folder
@@ -252,7 +253,7 @@ def _some_voxels(array: np.ndarray) -> np.ndarray:
     """A regular sample of `[D, H, W]`, flat."""
     step = max(1, int(np.ceil((array.size / _MOST_VOXELS) ** (1 / 3))))
     steps = [min(step, n) for n in array.shape]
-    return array[:: steps[0], :: steps[1], :: steps[2]].ravel()
+    return np.concatenate([part[:, :: steps[1], :: steps[2]].ravel() for part in slabs(array[:: steps[0]])])
 
 
 def _guess_modality(kind: str, low: float, high: float) -> str:

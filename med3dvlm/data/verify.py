@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from med3dvlm.data.checks.findings import ERROR, KINDS, WARNING, Finding
-from med3dvlm.data.checks.inputs import Inputs, NothingToCheck, find_inputs, preparation_of
-from med3dvlm.data.checks.leakage import case_leaks, image_leaks
+from med3dvlm.data.checks.inputs import Inputs, NothingToCheck, add_arguments, find_inputs, preparation_of
+from med3dvlm.data.checks.leakage import case_leaks, image_leaks, patient_leaks
 from med3dvlm.data.checks.page import results_page, three_planes
 from med3dvlm.data.checks.texts import check_question, check_report, repeated_reports
 from med3dvlm.data.checks.volumes import Reader, VolumeFacts, check_volume
@@ -56,8 +56,8 @@ warnings:
 {warnings}
 
 A case is a folder with volumes; ct_case/000006 and ct_quizze/000006 are the same one. Which cases belong to one patient
-cannot be seen here. Nearly the same image: the differences between neighbouring blocks of 8 x 8 x 8 correlate by more
-than 0.995, whatever brightness and contrast."""
+is known from patients.csv beside the manifest. Nearly the same image: the differences between neighbouring blocks of
+8 x 8 x 8 correlate by more than 0.995, whatever brightness and contrast."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,10 +72,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES.format(**lists),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="prepared folder, or the data root that holds it and M3D-VQA")
-    parser.add_argument("--manifest", help="M3D_Cap.json, where it is not in DIR or a folder of DIR")
-    parser.add_argument("--tables", nargs="*", help="tables of questions, where they are not in DIR or M3D-VQA")
-    parser.add_argument("--data_root", help="what paths are relative to (default: where the first images are found)")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the results (default: DIR/verify)")
     size = "shape of the volumes (default: as preparation.json says, else the most frequent)"
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help=size)
@@ -106,6 +103,7 @@ class Verification:
         self._check_reports()
         self._check_questions()
         self.findings += case_leaks(self.inputs.splits_of)
+        self.findings += patient_leaks(self.inputs.splits_of, self.inputs.patient_of)
         order = {kind: number for number, kind in enumerate(KINDS)}
         self.findings.sort(key=lambda finding: order[finding.kind])  # stable: files stay in their order
 
@@ -138,6 +136,8 @@ class Verification:
         self.statistics["volumes by split"] = dict(
             Counter(split for splits in inputs.splits_of.values() for split in sorted(splits))
         )
+        self.statistics["volumes by label"] = dict(inputs.labels)
+        self.statistics["patients"] = len(set(inputs.patient_of.values())) or "not known"
         self.statistics["volumes by shape (D x H x W)"] = {_times(shape): n for shape, n in shapes.most_common()}
         self.values["mean of a volume"] = [fact.mean for fact in opened.values()]
         self.values["share of voxels above 5%"] = [fact.filled for fact in opened.values()]
@@ -170,7 +170,7 @@ class Verification:
     def _check_questions(self) -> None:
         types, letters, lengths = Counter(), Counter(), []
         for table, records in self.inputs.questions.items():
-            for record in tqdm(records, desc=Path(table).name, unit="question"):
+            for record in tqdm(records, desc=Path(table).name, unit="question", disable=len(records) < 10_000):
                 self.findings += check_question(record, table)
                 kind = record.question_type
                 types[kind if isinstance(kind, int) else "(text)"] += 1
@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs = find_inputs(args.folder, args.manifest, args.tables, args.data_root)
         config = preparation_of(inputs)
         size = tuple(args.size) if args.size else config.size if config else None
+        output.mkdir(parents=True, exist_ok=True)  # rather now than after hours of reading
         verification = Verification(inputs, size, Reader(size or PUBLISHED_SIZE, config), args.num_workers)
         verification.run()
         verification.write(output)

@@ -8,31 +8,26 @@ NumPy arrays) keeps the order of the file.
 """
 
 import argparse
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from isal import igzip
 
 from med3dvlm.data import readers
-from med3dvlm.data.files import write_bytes
 from med3dvlm.data.geometry import OBLIQUE_DEGREES, canonical_turn, voxel_spacing
+from med3dvlm.data.prepared import PREPARED_ERROR, write_prepared
 from med3dvlm.data.readers.base import MAX_VOXELS, NAN_RULES, PUBLISHED_SIZE, Reading, SeriesInfo, VolumeError
 from med3dvlm.data.readers.nifti import PREPARED_MARK, prepared_header
 from med3dvlm.data.readers.slices import SLICE_SUFFIXES, read_slice, slice_files
+from med3dvlm.data.scratch import new_array, put, slabs
 
 __all__ = [
-    "PREPARED_MARK", "SLICE_SUFFIXES", "SeriesInfo", "Volume", "VolumeError", "add_reading_arguments", "list_series",
-    "load_volume", "prepared_header", "read_slice", "reading_options", "slice_files", "write_prepared",
+    "PREPARED_ERROR", "PREPARED_MARK", "SLICE_SUFFIXES", "SeriesInfo", "Volume", "VolumeError", "add_reading_arguments",
+    "list_series", "load_volume", "prepared_header", "read_slice", "reading_options", "slice_files", "write_prepared",
 ]  # fmt: skip
 
 ORIENTATIONS = ("canonical", "stored")
-# Stored type -> largest code and its numpy type. NIfTI has no float16; 65536 even steps are closer than its rounding.
-CODES = {"uint8": (255, np.uint8), "float16": (65535, np.uint16)}
-PREPARED_ERROR = {"float32": 0.0, "float16": 0.5 / 65535, "uint8": 0.5 / 255}  # besides float32 rounding, 1e-7
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,7 @@ def load_volume(
     flip: str = "",
     max_voxels: int = MAX_VOXELS,
     prepared_size: tuple[int, int, int] = PUBLISHED_SIZE,
+    scratch: Path | None = None,
 ) -> Volume:
     """Read NIfTI, DICOM, NRRD, MetaImage, NumPy, a folder of PNG / JPEG slices, or a zip of one of these.
 
@@ -88,13 +84,14 @@ def load_volume(
         max_voxels: larger volumes are refused before memory is taken for them.
         prepared_size: (D, H, W) at which NIfTI without our mark is taken for a prepared volume, with a warning, if its
             affine is the unit and its values lie within 0..1: the published preparation leaves no other trace.
+        scratch: folder on a disk for the array of a volume of more than 128 million voxels; None keeps it in memory.
     Raises:
         VolumeError: missing, unknown, corrupt, not one volume of real numbers, empty, too large, or not finite.
         ValueError: unknown `orientation`, `nan` or `flip`.
     """
     if orientation not in ORIENTATIONS:
         raise ValueError(f"orientation must be one of {', '.join(ORIENTATIONS)}, not {orientation!r}")
-    reading = Reading(series, frame, resample, nan, flip, max_voxels, prepared_size)
+    reading = Reading(series, frame, resample, nan, flip, max_voxels, prepared_size, scratch)
     path = Path(path)
     _check_path(path)
     with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float32 is found below
@@ -114,7 +111,7 @@ def load_volume(
             )
         view, spacing = turn.view(view), turn.spacing  # [D, H, W]
     view = view[tuple(slice(None, None, -1 if axis in flip else 1) for axis in "DHW")]
-    array, replaced = _finite_float32(view, path, nan)
+    array, replaced = _finite_float32(view, path, reading)
     return Volume(
         array=array,
         spacing=tuple(float(size) for size in spacing),
@@ -146,77 +143,38 @@ def _check_path(path: Path) -> None:
         raise VolumeError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
 
 
-def _finite_float32(view: np.ndarray, path: Path, nan: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def _finite_float32(view: np.ndarray, path: Path, reading: Reading) -> tuple[np.ndarray, tuple[str, ...]]:
     """`view` as contiguous float32 that may be written to, and a warning where values were replaced.
 
     Raises:
-        VolumeError: not finite (also beyond float32) and `nan` is "error", or nothing finite.
+        VolumeError: not finite (also beyond float32) and `reading.nan` is "error", or nothing finite.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.ascontiguousarray(view, dtype=np.float32)
-    if not array.flags.writeable:  # a file mapped into memory
-        array = array.copy()
-    if view.dtype.kind in "bui" or (np.isfinite(array.min()) and np.isfinite(array.max())):
+    array = view
+    if not (view.dtype == np.float32 and view.flags.c_contiguous and view.flags.writeable):  # or in a mapped file
+        array = new_array(view.shape, reading.scratch)
+        with np.errstate(over="ignore", invalid="ignore"):
+            put(array, view)
+    lowest, bad = np.inf, 0
+    for part in slabs(array) if view.dtype.kind == "f" else ():
+        if np.isfinite(part.min()) and np.isfinite(part.max()):  # quick, and needs no mask
+            lowest = min(lowest, part.min())
+        else:
+            finite = np.isfinite(part)
+            bad += finite.size - int(np.count_nonzero(finite))
+            lowest = min(lowest, part.min(where=finite, initial=np.inf))
+    if not bad:
         return array, ()
-    finite = np.isfinite(array)
-    bad = finite.size - int(np.count_nonzero(finite))
-    if nan == "error":
+    if reading.nan == "error":
         raise VolumeError(
-            f"{path}: {bad:,} values are not finite (NaN, infinity); nan='fill' (--nan fill) makes them background"
+            f"{path}: {bad:,} values are not finite (NaN, infinity)",
+            "nan='fill' (--nan fill) makes them background",
+            remedy="nan",
         )
     if bad == array.size:
         raise VolumeError(f"{path}: none of its values is finite")
-    lowest = array.min(where=finite, initial=np.inf)
-    array[~finite] = lowest
+    for part in slabs(array):
+        part[~np.isfinite(part)] = lowest
     return array, (f"{bad:,} values that are not finite were replaced by the smallest one, {lowest:g}",)
-
-
-def write_prepared(path, array: np.ndarray, dtype: str = "float32", preparation: str = "published") -> None:
-    """Write a prepared volume as compressed NIfTI, atomically; the same input gives the same bytes.
-
-    array: `[D, H, W]` within 0..1; for uint8 also the codes 0..255 themselves.
-    dtype: "float32" stores the values. "uint8" stores 256 steps and "float16" 65536 (uint16), with the slope that
-        gives every reader values within 0..1 again; `PREPARED_ERROR` is the largest difference.
-    preparation: name of the preprocessing, recorded in the header: 1 to 50 printable ASCII characters.
-
-    The header equals the published one (unit spacing, LPS axes), plus our mark.
-    Raises:
-        ValueError: unknown dtype, values outside 0..1, not three axes, or a name that can't be recorded.
-    """
-    if dtype not in PREPARED_ERROR:
-        raise ValueError(f"dtype must be one of {', '.join(PREPARED_ERROR)}, not {dtype!r}")
-    if not re.fullmatch(r"[ -~]{1,50}", preparation):
-        raise ValueError(f"the name of a preparation is 1 to 50 printable ASCII characters, not {preparation!r}")
-    if array.ndim != 3 or (array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1)):
-        raise ValueError(f"a prepared volume is [D, H, W] within 0..1; {array.shape} {array.dtype} is none")
-    slope, stored = _encoded(array, dtype)
-    header = nib.Nifti1Header()
-    header.set_data_dtype(stored.dtype)
-    header.set_data_shape(stored.shape[::-1])  # [D, H, W] in C order is [i, j, k] in the order of NIfTI
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    header.set_qform(affine, code=1)
-    header.set_sform(affine, code=1)
-    header.set_xyzt_units("mm", "sec")
-    header.set_slope_inter(slope, 0)
-    header["descrip"] = PREPARED_MARK + b" v2: " + preparation.encode()
-    header["vox_offset"] = 352
-    # The fastest level: prepared volumes are read far more often than they are sent anywhere.
-    # Zeros behind the data, in case isal looks ahead: once the same voxels came out as other, valid bytes, unexplained.
-    data = b"".join((header.binaryblock, bytes(4), np.ascontiguousarray(stored), bytes(64)))
-    write_bytes(path, igzip.compress(memoryview(data)[:-64], 1, mtime=0))
-
-
-def _encoded(array: np.ndarray, dtype: str) -> tuple[float, np.ndarray]:
-    """The slope and the array to store."""
-    if array.dtype == np.uint8 and dtype != "uint8":
-        raise ValueError(f"codes 0..255 can't be stored as {dtype}")
-    if dtype == "float32":
-        return 1.0, array.astype("<f4", copy=False)
-    largest, code = CODES[dtype]
-    slope = np.float32(1 / largest)
-    if float(slope) * largest > 1:  # readers that compute in float64 would get a value above 1
-        slope = np.nextafter(slope, np.float32(0))
-    return float(slope), array if array.dtype == np.uint8 else np.rint(array * np.float32(largest)).astype(code)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,36 +8,27 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from med3dvlm.data.fast_slices import MEMORY, SlicePreparer
-from med3dvlm.data.files import write_bytes
 from med3dvlm.data.finished import is_finished, remove_leftovers
+from med3dvlm.data.items import find_items, gathered, only_slices
 from med3dvlm.data.ledger import DONE, FAILED, SKIPPED, Entry
-from med3dvlm.data.manifest import clean_report_text
 from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.data.profile import summarize
-from med3dvlm.data.readers import BESIDE_SLICES
 from med3dvlm.data.readers.archive import unpacked
 from med3dvlm.data.readers.base import MAX_VOXELS, Reading
 from med3dvlm.data.readers.dicom_series import dicom_files
-from med3dvlm.data.sources.base import Case, Item, fold_name
+from med3dvlm.data.scratch import slabs
+from med3dvlm.data.sources.base import Case, Item
 from med3dvlm.data.sources.dicom import read_header
-from med3dvlm.data.sources.volumes import ENDINGS, stem
-from med3dvlm.data.volume import (
-    SLICE_SUFFIXES,
-    VolumeError,
-    list_series,
-    load_volume,
-    write_prepared,
-)
+from med3dvlm.data.volume import VolumeError, list_series, load_volume, write_prepared
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -131,28 +122,14 @@ class CaseWorker:
                 yield from self._volume(task, item, self.options.reading)
         yield Finished()
 
-    def _report(self, case: Case) -> Iterator[Entry]:
-        """Write the text where there is one and it is not written yet."""
+    def _report(self, case: Case) -> Iterator[Entry | DiskFull]:
+        """Write the text, or let go of one that is no more."""
         source = case.folder if case.hidden or case.text_file is None else _relative(case.text_file, self.options.root)
-        text = case.text
-        if text is None:
-            try:
-                text = clean_report_text(case.text_file.read_text(encoding="utf-8")) if case.text_file else None
-            except FileNotFoundError:
-                text = None
-            except (UnicodeDecodeError, OSError) as error:
-                yield Entry(case.folder, "", source, FAILED, f"the report can't be read ({_reason(error)})")
-                return
-        if not text:
-            yield Entry(case.folder, "", source, SKIPPED, "missing, the case has no report")
-            return
-        target = self.options.output / case.folder / "text.txt"
-        encoded = text.encode("utf-8")
         try:
-            if not target.is_file() or target.read_bytes() != encoded:
-                write_bytes(target, encoded)
-        except OSError as error:
-            yield Entry(case.folder, "", source, FAILED, f"the report can't be written: {error.strerror}")
+            if not case.write_report(self.options.output):
+                yield Entry(case.folder, "", source, SKIPPED, "missing, the case has no report")
+        except (UnicodeDecodeError, OSError) as error:
+            yield Entry(case.folder, "", source, FAILED, f"the report can't be read or written ({_reason(error)})")
             yield from _if_full(error)
 
     def _opened(self, task: Task, item: Item) -> Iterator[Message]:
@@ -184,7 +161,7 @@ class CaseWorker:
     def _folder(self, item: Item):
         """A context manager: a temporary folder with the files of an item, and no others."""
         if item.files:
-            return _gathered(item.files)
+            return gathered(item.files)
         return unpacked(item.path, self.options.reading.get("max_voxels", MAX_VOXELS))
 
     def _volume(self, task: Task, item: Item, reading: dict) -> Iterator[Message]:
@@ -213,7 +190,7 @@ class CaseWorker:
 
     def _prepared(self, item: Item, reading: dict) -> tuple[np.ndarray, dict, tuple[str, ...]]:
         """The prepared array, what the profile of the data wants to know, and notes."""
-        if self.options.streamed and _only_slices(item.path):
+        if self.options.streamed and only_slices(item.path):
             done = self.slices(item.path)
             if done is not None:
                 return done.array, summarize(done.sample, scale=1 / 255) | {"shape": list(done.shape)}, done.notes
@@ -222,11 +199,12 @@ class CaseWorker:
         from med3dvlm.data.preprocess import preprocess
 
         torch.set_num_threads(1)  # cases run in parallel already
-        volume = load_volume(item.path, **reading)
+        volume = load_volume(item.path, **reading, scratch=self.options.output)
         if item.rescale is not None:
             slope, intercept = (np.float32(number) for number in item.rescale)
-            np.multiply(volume.array, slope, out=volume.array)  # in place: a copy would take as much again
-            np.add(volume.array, intercept, out=volume.array)
+            for part in slabs(volume.array):  # in place: a copy would take as much again
+                np.multiply(part, slope, out=part)
+                np.add(part, intercept, out=part)
             volume = replace(volume, units="HU", modality="CT")
         image = preprocess(volume, self.options.config)  # [1, D, H, W]
         return image[0].numpy(), summarize(volume), volume.warnings
@@ -251,47 +229,8 @@ class CaseWorker:
         return text
 
 
-def find_items(case: Case) -> Iterator[tuple[Item, str]]:
-    """The volumes of a case, each with what is wrong with it, or ""."""
-    yield from ((item, "") for item in case.items)
-    if case.raw is None:
-        return
-    names: dict[str, str] = {}
-    for path in sorted(Path(entry.path) for entry in os.scandir(case.raw) if _is_raw_series(entry)):
-        name = fold_name(stem(path))
-        if not name or name in names:
-            clash = f"{name!r}, as that of {names[name]!r}" if name else "empty"
-            yield Item(path, name), f"its name in ASCII is {clash}; rename the folder"
-        else:
-            names[name] = path.name
-            yield Item(path, name), ""
-
-
-def _is_raw_series(entry: os.DirEntry) -> bool:
-    return not entry.name.startswith(".") and (entry.is_dir() or entry.name.lower().endswith(ENDINGS))
-
-
-@contextmanager
-def _gathered(files: Sequence[Path]) -> Iterator[Path]:
-    """A temporary folder with a numbered link to each file: a series by itself, wherever its files lie."""
-    with tempfile.TemporaryDirectory(prefix="med3dvlm-") as folder:
-        for number, file in enumerate(files, 1):
-            os.symlink(file.absolute(), Path(folder, f"{number:06d}"))
-        yield Path(folder)
-
-
-def _only_slices(path: Path) -> bool:
-    """Whether a folder holds slices and nothing that could be another volume."""
-    if not path.is_dir():
-        return False
-    names = [entry.name.lower() for entry in os.scandir(path) if not entry.name.startswith(".")]
-    return any(name.endswith(SLICE_SUFFIXES) for name in names) and all(
-        name.endswith(SLICE_SUFFIXES + BESIDE_SLICES) for name in names
-    )
-
-
 def _relative(path: Path, root: Path) -> str:
-    return os.path.relpath(path, root)
+    return os.path.relpath(path, root).encode("utf-8", "backslashreplace").decode()  # names need not be UTF-8
 
 
 def _reason(error: Exception) -> str:

@@ -3,14 +3,17 @@
 import argparse
 
 import med3dvlm.demo
-from med3dvlm.data.presets import add_preprocess_arguments
+from med3dvlm.data.presets import add_preprocess_arguments, preprocess_config
 from med3dvlm.data.volume import add_reading_arguments
-from med3dvlm.inference import DTYPES, QUANTIZATIONS
+from med3dvlm.demo.terminal import readable
+from med3dvlm.inference import DTYPES, QUANTIZATIONS, Sampling
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, and `sampling` made of some of them. Leaves with exit code 2 where they are missing or don't fit."""
     parser = argparse.ArgumentParser(
         prog="python -m med3dvlm.demo",
+        usage="%(prog)s --model_name_or_path M --image_path SCAN [--question TEXT | --report] [...]; --help lists all",
         description=med3dvlm.demo.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -23,9 +26,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ask.add_argument(
         "--image_path", help="a scan; or many: a folder of scans, or a CSV file with the columns image[, question]"
     )
-    ask.add_argument("--question", help="one question; without it: a chat, or the lines of standard input")
+    ask.add_argument(
+        "--question", type=readable, help="one question; without it: a chat, or the lines of standard input"
+    )
     ask.add_argument("--report", action="store_true", help="ask for a report instead")
-    ask.add_argument("--choices", nargs="+", metavar="TEXT", help="answers to choose from: gives their probabilities")
+    ask.add_argument(
+        "--choices", nargs="+", type=readable, metavar="TEXT", help="answers to choose from: gives their probabilities"
+    )
     ask.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy, above it tokens are drawn")
     ask.add_argument("--top_p", type=float, default=1.0, help="draw from the most probable tokens up to this sum")
@@ -49,6 +56,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Leave with exit code 2 where flags are missing or contradict each other."""
+    if args.image_path == "":
+        parser.error("--image_path is empty: name a scan")
     if args.list_series:
         if not args.image_path:
             parser.error("--list-series needs --image_path")
@@ -63,9 +72,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--output ends with .jsonl or .csv, not {args.output}")
     if args.max_new_tokens < 1:
         parser.error("--max_new_tokens must be 1 or more")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must be 0 or more, --top_p above 0 and up to 1")
-    if args.window is not None and args.preset not in (None, "window"):
-        parser.error(f"--window is a preset of its own, it can't change {args.preset}")
-    if args.choices and (args.report or len(set(args.choices)) < max(2, len(args.choices))):
+    try:
+        args.sampling = Sampling(args.temperature, args.top_p, args.seed)
+        preprocess_config(args)
+    except ValueError as error:
+        parser.error(str(error))
+    choices = {choice.strip() for choice in args.choices or ()}
+    if args.choices and (args.report or "" in choices or len(choices) < max(2, len(args.choices))):
         parser.error("--choices takes two or more different texts, and a question")

@@ -1,12 +1,13 @@
 """Many scans: a folder or a table of them, answered one after the other."""
 
 import argparse
-import csv
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 
 from tqdm import tqdm
 
@@ -14,20 +15,27 @@ from med3dvlm.data.prompts import CAPTION_PROMPTS
 from med3dvlm.data.readers import READERS
 from med3dvlm.data.readers.dicom_header import is_dicom_file
 from med3dvlm.data.readers.slices import slice_files
+from med3dvlm.data.sources.base import SourceError
+from med3dvlm.data.sources.spreadsheet import ENDINGS as TABLES
+from med3dvlm.data.sources.spreadsheet import find_columns, read_table
+from med3dvlm.data.sources.table import COLUMNS as TABLE_COLUMNS
 from med3dvlm.data.volume import VolumeError, reading_options
-from med3dvlm.demo.output import COLUMNS, OutputError, ResultFile, json_line
-from med3dvlm.demo.terminal import Terminal
-from med3dvlm.inference import NOTICE, Chat, Med3DVLM, QuestionError, Sampling
+from med3dvlm.demo.output import CommandError, ResultFile, record_of
+from med3dvlm.demo.terminal import Terminal, printable, readable, sentence
+from med3dvlm.inference import NOTICE, Chat, Med3DVLM, QuestionError
 
 SCAN_ENDINGS = (*(ending for endings in READERS for ending in endings), ".zip")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One question about one scan. image: as the output names it; path: where it lies; kind: "vqa" or "caption"."""
+    """One question about one scan.
+
+    image: as the output names it; path: where it lies, None where a table names none; kind: "vqa" or "caption".
+    """
 
     image: str
-    path: Path
+    path: Path | None
     question: str
     kind: str
 
@@ -38,21 +46,22 @@ def find_jobs(args: argparse.Namespace) -> list[Job] | None:
     A folder is one scan where slices or DICOM files lie directly in it, where a series is named, or where only one scan
     is found in it and no `--output` is given. Otherwise, and with `--batch`, it is a folder of scans.
     Raises:
-        VolumeError: nothing there. OutputError: a table that cannot be used.
+        VolumeError: nothing there. CommandError: a table that cannot be used.
     """
-    path = Path(args.image_path) if args.image_path else None
-    many = args.batch or args.output
-    if path is not None and path.name.lower().endswith(".csv"):
+    if args.image_path is None:
+        return None
+    path, many = Path(args.image_path), args.batch or args.output
+    if not path.exists():  # a large model takes long to load
+        raise VolumeError(f"{path}: no such file or folder")
+    if path.name.lower().endswith(TABLES) and not path.is_dir():
         return _jobs_of_table(path, args)
-    if path is not None and path.is_dir() and (args.batch or not (args.series or holds_one_scan(path))):
+    if path.is_dir() and (args.batch or not (args.series or holds_one_scan(path))):
         scans = list(scans_in(path))
         if len(scans) > 1 or (scans and many):
-            return [_job(scan.relative_to(path).as_posix(), scan, None, args) for scan in scans]
+            return [_job(scan.relative_to(path).as_posix(), scan, "", args) for scan in scans]
         if many:
             raise VolumeError(f"{path}: holds no scans ({', '.join(SCAN_ENDINGS)}, or folders of DICOM or slices)")
-    if many and path is not None:
-        return [_job(args.image_path, path, None, args)]
-    return None
+    return [_job(args.image_path, path, "", args)] if many else None
 
 
 def holds_one_scan(folder: Path) -> bool:
@@ -79,27 +88,26 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _job(image: str, path: Path, question: str | None, args: argparse.Namespace) -> Job:
-    question = question or args.question
-    return Job(image, path, question or CAPTION_PROMPTS[0], "vqa" if question else "caption")
+def _job(image: str, path: Path | None, question: str, args: argparse.Namespace) -> Job:
+    """question: of a table, "" where it has none."""
+    question = "" if args.report else question or args.question
+    return Job(readable(image), path, question or CAPTION_PROMPTS[0], "vqa" if question else "caption")
 
 
 def _jobs_of_table(path: Path, args: argparse.Namespace) -> list[Job]:
-    """The rows of a CSV file. Paths in it are relative to its folder; where it has no question, --question is asked."""
+    """The rows of a table. Paths in it are relative to its folder; where it has no question, --question is asked."""
+    usual = {key: TABLE_COLUMNS[key] for key in ("image", "question")}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
-            if "image" not in names:
-                raise OutputError(f"{path}: lacks the column image; found {', '.join(names) or 'nothing'}")
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise OutputError(f"{path}: cannot be read as CSV ({error})") from error
+        rows = read_table(path)
+        columns = find_columns(path, rows, usual, {}, ())
+    except SourceError as error:
+        raise CommandError(str(error)) from error
     if not rows:
-        raise OutputError(f"{path}: has no rows")
-    question = names.get("question", "question")  # a column that is not there is empty
-    asked = ((row[names["image"]] or "", (row.get(question) or "").strip()) for row in rows)
-    return [_job(image, path.parent / image, text, args) for image, text in asked]
+        raise CommandError(f"{path}: has no rows")
+    if "image" not in columns:
+        raise CommandError(f"{path}: lacks the column image; it has {', '.join(rows[0])}")
+    asked = ((row.get(columns["image"], ""), row.get(columns.get("question"), "")) for row in rows)
+    return [_job(image, path.parent / image if image else None, question, args) for image, question in asked]
 
 
 def answer_scans(jobs: list[Job], load: Callable[[], Med3DVLM], args: argparse.Namespace, terminal: Terminal) -> int:
@@ -107,22 +115,35 @@ def answer_scans(jobs: list[Job], load: Callable[[], Med3DVLM], args: argparse.N
 
     load: gives the model; called only where something is left to do.
     """
+    wanted = Counter((job.image, job.question) for job in jobs)
     if args.output is None:
         failed = 0
-        for row in _rows(load(), jobs, args):
-            print(json_line(row), end="", flush=True)
+        # Rows that are printed on a terminal show by themselves how far they are.
+        for row in _with_progress(_rows(load(), jobs, args), len(jobs), 0, shown=not sys.stdout.isatty()):
+            terminal.json(row)
             failed += bool(row["error"])
     else:
         with ResultFile(args.output, settings_of(args)) as results:
             left = _not_done(jobs, results.done)
-            # disable=None: no progress bar where standard error is not a terminal
-            with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="scans", unit="answer", disable=None) as bar:
-                for row in _rows(load(), left, args) if left else ():
-                    results.append(row)
-                    bar.update()
-            failed = results.failed
+            rows = _rows(load(), left, args) if left else ()
+            for row in _with_progress(rows, len(jobs), len(jobs) - len(left)):
+                results.append(row)
+            failed = (results.failed & wanted).total()  # the file may hold more than was asked for now
     terminal.say(f"{len(jobs) - failed} of {len(jobs)} answered{f': {args.output}' if args.output else ''}. {NOTICE}")
     return failed
+
+
+def _with_progress(rows: Iterable[dict], total: int, done: int, shown: bool = True) -> Iterator[dict]:
+    """The rows, and on standard error how far they are: a bar on a terminal, a line each in a log; and what failed."""
+    columns, lines = get_terminal_size()  # 80 x 24 where a terminal does not say, on which tqdm would show nothing
+    with tqdm(total=total, initial=done, desc="scans", unit="answer", ncols=columns, nrows=lines,
+              miniters=1, disable=None if shown else True) as bar:  # fmt: skip
+        for number, row in enumerate(rows, done + 1):
+            yield row
+            bar.update()
+            if shown and (bar.disable or row["error"]):
+                failure = f": error: {row['error']}" if row["error"] else ""
+                bar.write(printable(f"{number} of {total}: {row['image']}{failure}"), file=sys.stderr)
 
 
 def _not_done(jobs: list[Job], done: Counter) -> list[Job]:
@@ -143,24 +164,20 @@ def _rows(model: Med3DVLM, jobs: list[Job], args: argparse.Namespace) -> Iterato
     consecutive rows is read once.
     """
     chat, looked_at = Chat(model), None
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
     for job in jobs:
-        row = dict.fromkeys(COLUMNS) | {"image": job.image, "question": job.question, "notice": NOTICE}
         try:
+            if job.path is None:
+                raise VolumeError("this row of the table names no scan")
+            if args.choices and job.kind == "caption":
+                raise QuestionError("--choices needs a question to choose the answer of")
             if job.path != looked_at:
                 looked_at = None
                 chat.set_image(job.path, **reading_options(args))
                 looked_at = job.path
-            answer = chat.ask(job.question, job.kind, args.max_new_tokens, choices=args.choices, sampling=sampling)
-            row |= {
-                "answer": answer.text,
-                "tokens": answer.tokens,
-                "finished": answer.finished,
-                "probabilities": answer.probabilities,
-                "warnings": list(answer.warnings),
-            }
+            answer = chat.ask(job.question, job.kind, args.max_new_tokens, choices=args.choices, sampling=args.sampling)
+            row = record_of(job.image, job.question, answer)
         except (VolumeError, QuestionError, OSError) as error:
-            row["error"] = str(error)
+            row = record_of(job.image, job.question, error=sentence(error))
         yield row
 
 
@@ -170,9 +187,12 @@ def settings_of(args: argparse.Namespace) -> dict:
         *("device", "dtype", "quantization", "max_new_tokens", "temperature", "top_p", "seed", "choices"),
         *("preset", "window", "keep_aspect", "no_crop"),
     )
-    model = args.model_name_or_path
+    model, written = args.model_name_or_path, None
+    if os.path.isdir(model):  # the same folder may hold another model by now
+        model = os.path.abspath(model)
+        written = max((file.stat().st_mtime_ns for file in Path(model).iterdir()), default=0)
     return {
-        "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        "model": [model, written],
         "input": os.path.abspath(args.image_path),
         "reading": reading_options(args),
         **{name: getattr(args, name) for name in names},

@@ -4,19 +4,18 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from med3dvlm.data.presets import preprocess_config
 from med3dvlm.data.prompts import CAPTION_PROMPTS
-from med3dvlm.data.volume import VolumeError, describe_series, list_series, reading_options
+from med3dvlm.data.volume import describe_series, list_series, reading_options
 from med3dvlm.demo.arguments import parse_arguments
 from med3dvlm.demo.batch import answer_scans, find_jobs
 from med3dvlm.demo.interactive import Conversation
-from med3dvlm.demo.output import OutputError
-from med3dvlm.demo.terminal import BOLD, Terminal, record_of
-from med3dvlm.inference import BAD_INPUT, NOTICE, Answer, Chat, Med3DVLM, QuestionError, Sampling, load_model
+from med3dvlm.demo.output import CommandError, record_of
+from med3dvlm.demo.terminal import BOLD, Terminal, readable
+from med3dvlm.inference import BAD_INPUT, NOTICE, Answer, Chat, Med3DVLM, QuestionError, load_model
 
-USER_ERRORS = (*BAD_INPUT, OutputError, OSError)  # OSError: a file or a hub that cannot be reached
+USER_ERRORS = (*BAD_INPUT, CommandError, OSError)  # OSError: a file or a hub that cannot be reached
 
 
 @dataclass
@@ -38,8 +37,6 @@ def main(argv: list[str] | None = None) -> Outcome:
     jobs = find_jobs(args)
     if jobs is not None:
         return Outcome(failed=answer_scans(jobs, lambda: load(args), args, terminal))
-    if args.image_path and not Path(args.image_path).exists():  # a large model takes long to load
-        raise VolumeError(f"{args.image_path}: no such file or folder")
     asked = args.question is not None or args.report
     if not asked and not args.json and sys.stdin.isatty():
         if args.choices:
@@ -52,9 +49,16 @@ def main(argv: list[str] | None = None) -> Outcome:
 
 
 def load(args: argparse.Namespace) -> Med3DVLM:
-    """The model, with the preprocessing that the flags ask for in place of its own."""
+    """The model, with the preprocessing that the flags ask for in place of its own.
+
+    Raises:
+        CommandError: the flags don't fit the model's own. Otherwise as `load_model`.
+    """
     model = load_model(args.model_name_or_path, args.device, args.dtype, args.quantization)
-    model.processor.preprocess = preprocess_config(args, base=model.processor.preprocess)
+    try:
+        model.processor.preprocess = preprocess_config(args, base=model.processor.preprocess)
+    except ValueError as error:
+        raise CommandError(f"the model is made for {model.processor.preprocess}: {error}") from error
     return model
 
 
@@ -68,8 +72,10 @@ def questions_of(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for line in sys.stdin:
         if line.strip():
             empty = False
-            yield line.strip(), "vqa"
+            yield readable(line.strip()), "vqa"
     if empty:
+        if args.choices:
+            raise QuestionError("--choices needs a question to choose the answer of")
         yield report
 
 
@@ -91,7 +97,7 @@ def answer_questions(chat: Chat, args: argparse.Namespace, terminal: Terminal) -
             outcome.failed += 1
             terminal.say(f"error: {error}")
             if terminal.as_json:
-                terminal.json({"image": args.image_path, "question": question, "error": str(error)})
+                terminal.json(record_of(readable(args.image_path), question, error=str(error)))
     for warning in chat.seen.warnings:
         terminal.say(f"warning: {warning}")
     if not terminal.as_json:
@@ -101,15 +107,14 @@ def answer_questions(chat: Chat, args: argparse.Namespace, terminal: Terminal) -
 
 def answer_one(chat: Chat, question: str, kind: str, args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Ask one question and print its answer, word by word where a person reads it."""
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
     if args.choices or terminal.as_json:
-        answer = chat.ask(question, kind, args.max_new_tokens, choices=args.choices, sampling=sampling)
+        answer = chat.ask(question, kind, args.max_new_tokens, choices=args.choices, sampling=args.sampling)
         if terminal.as_json:
-            terminal.json(record_of(args.image_path, question, answer))
+            terminal.json(record_of(readable(args.image_path), question, answer))
         else:
             terminal.line(f"question: {question}\nanswer: {answer.text}")
     else:
-        stream = chat.stream(question, kind, args.max_new_tokens, sampling=sampling)
+        stream = chat.stream(question, kind, args.max_new_tokens, sampling=args.sampling)
         terminal.line(f"question: {question}")
         print(terminal.styled("answer:", BOLD), end=" ", flush=True)
         answer = terminal.pieces(stream)

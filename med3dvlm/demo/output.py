@@ -1,19 +1,49 @@
-"""The result file of many scans: rows are appended one by one, so that a killed run goes on where it was."""
+"""Answers for programs: one record an answer, and the result file of many scans, to which they are appended one by one,
+so that a killed run goes on where it was.
+"""
 
 import csv
 import io
 import json
 import os
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 from med3dvlm.data.files import write_bytes
+from med3dvlm.inference import NOTICE, Answer
 
-COLUMNS = ("image", "question", "answer", "tokens", "finished", "probabilities", "warnings", "error", "notice")
+COLUMNS = ("image", "question", "answer", "tokens", "finished", "probabilities", "warnings", "preprocessing", "error",
+           "notice")  # fmt: skip
 
 
-class OutputError(ValueError):
-    """A result file that cannot be continued; the message says why and what to do."""
+class CommandError(ValueError):
+    """A table or a result file that cannot be used, or flags that don't fit a model; the message says what to do."""
+
+
+@contextmanager
+def writing(path):
+    """Raise CommandError where the block cannot write to the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def record_of(image: str | None, question: str, answer: Answer | None = None, error: str | None = None) -> dict:
+    """Everything about an answer, or what kept it from being given: COLUMNS and `seconds`, as JSON holds it."""
+    record = dict.fromkeys((*COLUMNS, "seconds")) | {"image": image, "question": question, "error": error}
+    if answer is not None:
+        record |= {
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+            "probabilities": answer.probabilities,
+            "warnings": list(answer.warnings),
+            "preprocessing": answer.preprocessing,
+            "seconds": round(answer.seconds, 3),
+        }
+    return record | {"notice": NOTICE}
 
 
 class ResultFile:
@@ -23,19 +53,20 @@ class ResultFile:
     removed, and its scan is done again.
 
     Attributes:
-        done: how often each `(image, question)` stands in the file; failed: rows with an error.
+        done: how often each `(image, question)` stands in the file; failed: how often with an error.
     Raises:
-        OutputError: the file is of another run, or of none.
+        CommandError: the file is of another run, or of none, or cannot be written.
     """
 
     def __init__(self, path, settings: dict):
         self.path = Path(path)
         self.is_csv = self.path.suffix.lower() == ".csv"
-        self._check_settings(settings)
-        rows = self._rows_so_far()
-        self.done = Counter((row["image"], row["question"]) for row in rows)
-        self.failed = sum(bool(row["error"]) for row in rows)
-        self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115  open as long as the run
+        self.done, self.failed = Counter(), Counter()
+        with writing(self.path):
+            self._check_settings(settings)
+            for row in self._rows_so_far():
+                self._count(row)
+            self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115  open as long as the run
         if self.is_csv and not self.path.stat().st_size:
             self._write(_csv_line(COLUMNS))
 
@@ -46,30 +77,37 @@ class ResultFile:
         self._file.close()
 
     def append(self, row: dict) -> None:
-        """Add a row with all of COLUMNS; it is on disk when this returns."""
-        self.failed += bool(row["error"])
-        self._write(_csv_line(_cell(row[name]) for name in COLUMNS) if self.is_csv else json_line(row))
+        """Add the COLUMNS of a row; it is on disk when this returns."""
+        self._count(row)
+        row = {name: row[name] for name in COLUMNS}  # not the seconds, which differ from run to run
+        self._write(_csv_line(map(_cell, row.values())) if self.is_csv else json_line(row))
+
+    def _count(self, row: dict) -> None:
+        key = row["image"], row["question"]
+        self.done[key] += 1
+        self.failed[key] += bool(row["error"])
 
     def _write(self, line: str) -> None:
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _check_settings(self, settings: dict) -> None:
         beside = self.path.with_name(f"{self.path.name}.run.json")
         advice = "name another --output, or remove it"
         if not self.path.exists():
-            write_bytes(beside, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+            write_bytes(beside, (json.dumps(settings, indent=2) + "\n").encode("utf-8"))
             return
         if not beside.is_file():
-            raise OutputError(f"{self.path} is there and no {beside.name} beside it: not a run to go on with; {advice}")
+            raise CommandError(f"{self.path} is there and no {beside.name} beside it: no run to go on with; {advice}")
         try:
             before = json.loads(beside.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise OutputError(f"{beside}: not readable ({error}); {advice}") from error
+            raise CommandError(f"{beside}: not readable ({error}); {advice}") from error
         other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
         if other:
-            raise OutputError(f"{self.path} comes from a run with another {', '.join(other)}; {advice}")
+            raise CommandError(f"{self.path} comes from a run with another {', '.join(other)}; {advice}")
 
     def _rows_so_far(self) -> list[dict]:
         """The whole rows of the file; what follows them is cut off."""
@@ -77,16 +115,21 @@ class ResultFile:
         whole = data[: _whole_lines(data, self.is_csv)]
         if len(whole) < len(data):
             os.truncate(self.path, len(whole))
-        text = whole.decode("utf-8")
-        if self.is_csv:
-            return list(csv.DictReader(io.StringIO(text, newline="")))
         try:
-            return [json.loads(line) for line in text.splitlines()]
-        except ValueError as error:
-            raise OutputError(f"{self.path}: not readable as JSON lines ({error}); name another --output") from error
+            text = whole.decode("utf-8")
+            if self.is_csv:
+                rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            else:
+                rows = [json.loads(line) for line in text.splitlines()]
+        except (ValueError, csv.Error) as error:
+            raise CommandError(f"{self.path}: not readable ({error}); name another --output") from error
+        if not all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows):
+            raise CommandError(f"{self.path}: lacks columns ({', '.join(COLUMNS)}); name another --output")
+        return rows
 
 
 def json_line(row: dict) -> str:
+    """In ASCII, which every encoding and every line splitter takes as it is meant."""
     return json.dumps(row, ensure_ascii=True) + "\n"
 
 

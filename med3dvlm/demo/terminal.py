@@ -1,15 +1,15 @@
 """What is printed, and where: answers to standard output, the rest to standard error, colours on a terminal only."""
 
-import json
 import os
 import re
 import sys
 from pathlib import Path
 
-from med3dvlm.inference import NOTICE, Answer, AnswerStream
+from med3dvlm.demo.output import json_line
+from med3dvlm.inference import Answer, AnswerStream
 
 RESEARCH_ONLY = "For research only."
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and line feeds, and what is no text
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
 
 
@@ -48,28 +48,31 @@ class Terminal:
         self.line(f"{answer.tokens} tokens in {answer.seconds:.1f} s{cut}. {RESEARCH_ONLY}", DIM)
 
     def json(self, record: dict) -> None:
-        print(json.dumps(record, ensure_ascii=False), flush=True)
-
-
-def record_of(image: str | None, question: str, answer: Answer) -> dict:
-    """Everything about an answer, as JSON holds it."""
-    return {
-        "image": image,
-        "question": question,
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "seconds": round(answer.seconds, 3),
-        "finished": answer.finished,
-        "probabilities": answer.probabilities,
-        "warnings": list(answer.warnings),
-        "preprocessing": answer.preprocessing,
-        "notice": NOTICE,
-    }
+        print(json_line(record), end="", flush=True)
 
 
 def printable(text: str) -> str:
     """The text without control characters: file names and answers could hold what steers a terminal."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def readable(text: str) -> str:
+    """Text of an argument or of standard input: as UTF-8, whatever the locale; bytes that are no text are replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def sentence(error: Exception) -> str:
+    """What an error says to a user."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    return str(error)
+
+
+def typed_path(text: str) -> str:
+    """A path as it is typed or dropped into a terminal: without quotes around it, `~` is the home folder."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return os.path.expanduser(text)
 
 
 def short_name(path: str | None) -> str:

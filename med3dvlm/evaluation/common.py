@@ -179,11 +179,11 @@ def answer_samples(
             rows = [(row, i) for i, path in enumerate(paths) for row in rows_of[path]]
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                texts = model.answer_batch(
-                    questions=[samples[row].question for row, _ in batch],
-                    image_features=features[[i for _, i in batch]],
-                    kind=kind,
-                    max_new_tokens=max_new_tokens,
+                texts = model.answer_features(
+                    features[[i for _, i in batch]],
+                    [samples[row].question for row, _ in batch],
+                    kind,
+                    max_new_tokens,
                 )
                 for (row, _), text in zip(batch, texts, strict=True):
                     answers[row] = text
@@ -235,7 +235,6 @@ def run_record(args: argparse.Namespace, model, samples: Sequence[Sample], manif
             "max_new_tokens": args.max_new_tokens,
             "batch_size": args.batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "generation_config": model.model.generation_config.to_diff_dict(),
         },
         "preprocessing": model.processor.preprocess.to_dict(),
     }

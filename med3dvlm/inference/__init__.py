@@ -5,29 +5,32 @@
 
 One code path for evaluation, demo and app:
 
-- `results`: what goes in and comes out: `Answer`, `Sampling`, `Seen`, and the errors that a user can put right;
+- `scans`: what a model is shown, and how it sees it;
+- `results`: `Answer`, `Sampling`, and the errors that a user can put right;
 - `decoding`: token by token, greedy or sampled; `AnswerStream`; the probability of given choices;
 - `chat`: questions about one scan, which is encoded once;
-- `model`: `load_model` and `Med3DVLM`; `quantize`: its weights in 8 or 4 bits;
-- `clip`: `load_clip` and the dual encoder.
+- `model`: `Med3DVLM`; `clip`: the dual encoder;
+- `loading`: `load_model` and `load_clip`; `quantize`: weights in 8 or 4 bits.
 """
 
 from med3dvlm.inference.chat import Chat
-from med3dvlm.inference.clip import ImageTextEncoder, Ranking, load_clip
+from med3dvlm.inference.clip import ImageTextEncoder, Ranking
 from med3dvlm.inference.decoding import AnswerStream
-from med3dvlm.inference.model import DTYPES, Med3DVLM, load_model
+from med3dvlm.inference.loading import DTYPES, load_clip, load_model, usable_device
+from med3dvlm.inference.model import Med3DVLM
 from med3dvlm.inference.quantize import QUANTIZATIONS
 from med3dvlm.inference.results import (
     BAD_INPUT,
     NOTICE,
     Answer,
     CheckpointError,
+    DeviceError,
     QuantizationError,
     QuestionError,
     Sampling,
-    Seen,
     VolumeError,
 )
+from med3dvlm.inference.scans import Seen
 
 __all__ = [
     "BAD_INPUT",
@@ -38,6 +41,7 @@ __all__ = [
     "AnswerStream",
     "Chat",
     "CheckpointError",
+    "DeviceError",
     "ImageTextEncoder",
     "Med3DVLM",
     "QuantizationError",
@@ -48,4 +52,5 @@ __all__ = [
     "VolumeError",
     "load_clip",
     "load_model",
+    "usable_device",
 ]

@@ -9,7 +9,8 @@ import torch
 from med3dvlm.data.manifest import CHOICE_LETTERS
 from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_answer, closed_question
 from med3dvlm.inference.decoding import AnswerStream, choice_scores, next_tokens
-from med3dvlm.inference.results import Answer, QuestionError, Sampling, Scan, Seen
+from med3dvlm.inference.results import Answer, QuestionError, Sampling
+from med3dvlm.inference.scans import Scan, Seen
 
 if TYPE_CHECKING:
     from med3dvlm.inference.model import Med3DVLM
@@ -67,7 +68,7 @@ class Chat:
     ) -> Answer:
         """The answer to a question; see `Med3DVLM.answer`."""
         if choices is not None:
-            return self._choose(question, kind, list(choices))
+            return self._choose(question, kind, choices)
         stream = self.stream(question, kind, max_new_tokens, sampling=sampling)
         for _ in stream:
             pass
@@ -96,15 +97,15 @@ class Chat:
         add = self._turn_adder(question, question, kind)
         return AnswerStream(steps, tokenizer, lambda **values: add(values["text"], **values), started)
 
-    def _choose(self, question: str, kind: str, choices: list[str]) -> Answer:
+    def _choose(self, question: str, kind: str, choices: Sequence[str]) -> Answer:
         """The most probable of the choices, and the probability of each.
 
         p(choice) is the product of the probabilities of the tokens of its answer, end token included, divided by the
         sum of these products over all choices.
         """
         started = time.perf_counter()
-        if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choice.strip() for choice in choices):
-            raise QuestionError("choices must be two or more different texts")
+        choices = self.model.check_choices(choices)
+        self.model.check_text(question)
         shown, answers = question, choices
         yes_no = {choice.strip().lower() for choice in choices} <= {"yes", "no"}
         if len(choices) <= len(CHOICE_LETTERS) and not yes_no:  # as training writes closed questions
@@ -130,9 +131,9 @@ class Chat:
         """Token ids [T] of the scan, the earlier turns where they are remembered, and the question."""
         if self.seen is None:
             raise QuestionError("there is no scan to ask about yet: set_image comes first")
-        processor = self.model.processor
-        ids = torch.cat([*self._turns, processor.encode(self._text(question, kind))["input_ids"]])
-        self.model.check_question(question, len(ids), max_new_tokens)
+        self.model.check_text(question)
+        ids = torch.cat([*self._turns, self.model.processor.encode(self._text(question, kind))["input_ids"]])
+        self.model.check_length(question, kind, len(ids), max_new_tokens)
         return ids
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,9 @@ def _chooser(sampling: Sampling, rows: int) -> Callable[[Tensor], Tensor]:
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(rows)]
 
     def draw(logits: Tensor) -> Tensor:
-        probabilities = (logits.float().cpu() / sampling.temperature).softmax(dim=-1)  # [B, V]
+        shifted = logits.cpu().double()  # [B, V]
+        shifted -= shifted.amax(dim=-1, keepdim=True)  # the largest is 0, so that no temperature is too low
+        probabilities = (shifted / sampling.temperature).softmax(dim=-1)
         ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached top_p, so the first one always does.
         ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0
@@ -116,7 +118,7 @@ class AnswerStream:
         self._ids: list[int] = []
         self._sent = ""
         self._stopped = threading.Event()
-        self._completing = threading.Lock()
+        self._lock = threading.Lock()  # of what was said and of the answer
         self._answer: Answer | None = None
 
     def __iter__(self) -> "AnswerStream":
@@ -124,16 +126,8 @@ class AnswerStream:
 
     def __next__(self) -> str:
         while self._answer is None and not self._stopped.is_set():
-            step = next(self._steps, None)
-            if step is not None:
-                self._ids += step
-            text = self._text()
-            if step is None:
-                self._finish()
-            elif text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(self._sent):
-                continue  # a character of which only some bytes have come yet
-            if len(text) > len(self._sent):
-                piece, self._sent = text[len(self._sent) :], text
+            piece = self._take(next(self._steps, None))
+            if piece:
                 return piece
         self._finish()
         raise StopIteration
@@ -141,7 +135,7 @@ class AnswerStream:
     @property
     def answer(self) -> Answer | None:
         """The whole answer once the stream has ended or was stopped; None before."""
-        if self._answer is None and self._stopped.is_set():
+        if self._stopped.is_set():
             self._finish()
         return self._answer
 
@@ -149,14 +143,29 @@ class AnswerStream:
         """End the answer after the token that is being generated. Any thread may call it, at any time."""
         self._stopped.set()
 
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+    def _take(self, step: list[int] | None) -> str:
+        """The piece that a token completes, "" for none. None ends the answer, with what was held back until then."""
+        with self._lock:
+            if self._answer is not None:  # stopped and asked for in another thread meanwhile
+                return ""
+            self._ids += step or []
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+            if step is not None and (text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(self._sent)):
+                return ""  # a character of which only some bytes have come yet
+            piece, self._sent = text[len(self._sent) :], text
+            if step is None:
+                self._answer = self._completed()
+            return piece
 
     def _finish(self) -> None:
-        with self._completing:
+        with self._lock:
             if self._answer is None:
-                finished = self._tokenizer.eos_token_id in self._ids[-1:]
-                seconds = time.perf_counter() - self._started
-                self._answer = self._complete(
-                    text=self._text(), tokens=len(self._ids), seconds=seconds, finished=finished
-                )
+                self._answer = self._completed()
+
+    def _completed(self) -> Answer:
+        return self._complete(
+            text=self._sent,
+            tokens=len(self._ids),
+            seconds=time.perf_counter() - self._started,
+            finished=self._tokenizer.eos_token_id in self._ids[-1:],
+        )

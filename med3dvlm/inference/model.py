@@ -1,21 +1,19 @@
-"""The language model with its processor: load it, show it scans, ask it."""
+"""The language model with its processor: show it scans, ask it. `med3dvlm.inference.loading` loads it."""
 
 import os
+import time
 from collections.abc import Sequence
 
 import torch
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS
-from med3dvlm.data.volume import VolumeError
+from med3dvlm.data.volume import Volume
 from med3dvlm.inference.chat import Chat
 from med3dvlm.inference.decoding import AnswerStream, next_tokens
-from med3dvlm.inference.quantize import check_quantization, load_quantized
-from med3dvlm.inference.results import Answer, QuestionError, Sampling, Scan, Seen
-from med3dvlm.model.published import device_of
+from med3dvlm.inference.results import Answer, QuestionError, Sampling, check_text
+from med3dvlm.inference.scans import Scan, Seen, look
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.processing import VLMProcessor
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Med3DVLM:
@@ -40,8 +38,12 @@ class Med3DVLM:
 
     @property
     def context(self) -> int:
-        """The longest sequence, image tokens and answer included."""
-        return min(self.model.config.max_position_embeddings, self.processor.tokenizer.model_max_length)
+        """The longest sequence, image tokens and answer included.
+
+        The tokenizer's own limit does not count: training code often stores there what it cut its samples off at, of
+        which image and answer take everything.
+        """
+        return self.model.config.max_position_embeddings
 
     # ---------------------------------------------------------------- one scan
 
@@ -55,14 +57,7 @@ class Med3DVLM:
             VolumeError: it cannot be read, or is of no use to the model.
             ValueError: `reading` for what has been read already.
         """
-        if not isinstance(scan, torch.Tensor):
-            return Seen(*self.processor.see(scan, **reading))
-        if reading:
-            raise ValueError(f"{', '.join(reading)}: options of reading belong to a path, not to an image")
-        if tuple(scan.shape) != (1, *self.processor.preprocess.size):
-            expected = [1, *self.processor.preprocess.size]
-            raise VolumeError(f"expected a preprocessed image {expected}, found a tensor {list(scan.shape)}")
-        return Seen(scan)
+        return look(scan, self.processor.preprocess, self.processor.training_data, **reading)
 
     def answer(
         self,
@@ -129,60 +124,114 @@ class Med3DVLM:
 
     def answer_batch(
         self,
-        scans: torch.Tensor | Sequence[Scan] | None = None,
-        questions: Sequence[str] = (),
+        scans: Scan | Sequence[Scan] | Sequence[tuple[Scan, str]],
+        questions: Sequence[str] | str | None = None,
         kind: str = "vqa",
         max_new_tokens: int = 256,
-        image_features: torch.Tensor | None = None,
         *,
         sampling: Sampling | None = None,
         **reading,
-    ) -> list[str]:
-        """The texts of answers to ``questions``, the i-th about the i-th scan, generated together.
+    ) -> list[Answer]:
+        """Answers that are generated together. A scan that stands there several times is read and encoded once.
 
         Args:
-            scans: preprocessed volumes ``[B, 1, D, H, W]``, or a list of what `see` takes; or
-            image_features: ``[B, N, hidden]`` from `encode`.
+            scans, questions: scans (or preprocessed volumes ``[B, 1, D, H, W]``) and as many questions, the i-th about
+                the i-th scan; or one question about all scans, or one scan (no tensor) and all questions about it.
+                Without questions: pairs ``(scan, question)``.
             kind: "vqa" or "caption", the two forms of the published prompt.
             sampling: None is greedy. Each row is drawn with the same seed, as if it were asked alone.
 
         Raises:
-            ValueError: the numbers of images and questions differ, or neither or both kinds of image were given.
-            VolumeError, QuestionError: see `answer`.
+            ValueError: the numbers of scans and questions differ, or what should be pairs are none.
+            VolumeError, QuestionError: see `answer`; of any of them, before anything is generated.
         """
-        if (scans is None) == (image_features is None):
-            raise ValueError("give either scans or image_features")
-        count = len(scans) if image_features is None else len(image_features)
-        if count != len(questions):
-            raise ValueError(f"expected one image per question, found {count} images and {len(questions)} questions")
-        tokenizer = self.processor.tokenizer
+        started = time.perf_counter()
+        pairs = _pairs(scans, questions)
+        for _, question in pairs:
+            self.check_text(question)
+        looked_at: dict = {}  # which scan -> warnings, and its features [N, hidden]
+        rows = []
+        for scan, _ in pairs:
+            key = os.fspath(scan) if isinstance(scan, str | os.PathLike) else id(scan)
+            if key not in looked_at:
+                seen = self.see(scan, **reading)
+                looked_at[key] = seen.warnings, self.encode(seen.image[None])[0]
+            rows.append(looked_at[key])
+        if not rows:
+            return []
+        features = torch.stack([features for _, features in rows])  # [B, N, hidden]
+        said = self._generate(features, [question for _, question in pairs], kind, max_new_tokens, sampling)
+        seconds, preprocessing = time.perf_counter() - started, self.processor.preprocess.to_dict()
+        return [
+            Answer(self._text(ids), len(ids), seconds, preprocessing, warnings, finished=self._has_ended(ids))
+            for ids, (warnings, _) in zip(said, rows, strict=True)
+        ]
+
+    def answer_features(
+        self, image_features: torch.Tensor, questions: Sequence[str], kind: str = "vqa", max_new_tokens: int = 256
+    ) -> list[str]:
+        """The texts of greedy answers to B questions about images that `encode` has seen, ``[B, N, hidden]``.
+
+        Raises:
+            ValueError: the numbers of images and questions differ. QuestionError: see `answer`.
+        """
+        if len(image_features) != len(questions):
+            raise ValueError(f"found {len(image_features)} images and {len(questions)} questions")
+        return [self._text(ids) for ids in self._generate(image_features, questions, kind, max_new_tokens)]
+
+    def _generate(
+        self,
+        image_features: torch.Tensor,
+        questions: Sequence[str],
+        kind: str,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> list[Sequence[int]]:
+        """The tokens of B answers, each up to its end token."""
+        for question in questions:
+            self.check_text(question)
         batch = self.processor(list(questions), kind=kind)  # [B, T], left-padded
         for question, length in zip(questions, batch["attention_mask"].sum(dim=1).tolist(), strict=True):
-            self.check_question(question, length, max_new_tokens)
-        if image_features is None:
-            image_features = self.encode(torch.stack([self.see(scan, **reading).image for scan in scans]))
+            self.check_length(question, kind, length, max_new_tokens)
         with torch.inference_mode():
             mask = batch["attention_mask"].to(self.device)
             embeds = self.model.embed(batch["input_ids"].to(self.device), mask, image_features=image_features)
-        steps = list(next_tokens(self.model, embeds, mask, max_new_tokens, tokenizer.eos_token_id, sampling))
-        rows = [_until(tokenizer.eos_token_id, ids) for ids in zip(*steps, strict=True)]
-        return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        end = self.processor.tokenizer.eos_token_id
+        steps = list(next_tokens(self.model, embeds, mask, max_new_tokens, end, sampling))
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in zip(*steps, strict=True)]
 
-    def check_question(self, question: str, length: int, max_new_tokens: int) -> None:
-        """Raise QuestionError for a question that is empty, holds an image token, or is too long.
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _has_ended(self, ids: Sequence[int]) -> bool:
+        return ids[-1] == self.processor.tokenizer.eos_token_id
+
+    # ---------------------------------------------------------------- what can be asked
+
+    def check_text(self, text: str, what: str = "the question") -> None:
+        """Raise QuestionError unless this can be said to the model."""
+        check_text(text, what)
+        if self.processor.image_token in text:
+            raise QuestionError(f"{what} holds {self.processor.image_token}, which stands for the scan: remove it")
+
+    def check_choices(self, choices: Sequence[str]) -> list[str]:
+        """The choices as a list. Raises QuestionError unless they are two or more different texts."""
+        choices = [choices] if isinstance(choices, str) else list(choices)
+        for choice in choices:
+            self.check_text(choice, "a choice")
+        if len({choice.strip() for choice in choices}) < max(2, len(choices)):
+            raise QuestionError("choices must be a list of two or more different texts")
+        return choices
+
+    def check_length(self, question: str, kind: str, length: int, max_new_tokens: int) -> None:
+        """Raise QuestionError for a question that leaves no room for its answer.
 
         length: tokens of the whole prompt, of which the question is the last part.
         """
-        if not question.strip():
-            raise QuestionError("the question is empty: write one")
-        if self.processor.image_token in question:
-            raise QuestionError(
-                f"the question holds {self.processor.image_token}, which stands for the scan: remove it"
-            )
         if max_new_tokens < 1:
             raise QuestionError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
         if length + max_new_tokens > self.context:
-            own = len(self.processor.tokenizer(self.processor.turn(question))["input_ids"])
+            own = len(self.processor.tokenizer(self.processor.turn(question, kind))["input_ids"])
             fit = max(0, self.context - max_new_tokens - (length - own))
             raise QuestionError(
                 f"the question has {own} tokens, {fit} fit: the model's context is {self.context} tokens, "
@@ -191,33 +240,17 @@ class Med3DVLM:
             )
 
 
-def _until(end: int, ids: Sequence[int]) -> Sequence[int]:
-    """Token ids up to the first end token, without it."""
-    return ids[: ids.index(end)] if end in ids else ids
-
-
-def load_model(
-    name_or_path: str | os.PathLike, device: str = "auto", dtype: str = "auto", quantization: str | None = None
-) -> Med3DVLM:
-    """Load a language model with its processor from a local folder or a hub name.
-
-    Args:
-        device: "auto" takes the first GPU where there is one.
-        dtype: "auto" keeps the dtype of the stored tensors; or "float32", "bfloat16", "float16".
-        quantization: None; "int8", on every device; "4bit", on a CUDA device with bitsandbytes. Of the language
-            model's blocks only: encoder, projector, embeddings and output layer keep their dtype.
-
-    Raises:
-        CheckpointError: not a complete checkpoint of this architecture.
-        ValueError: a dtype or quantization that is not known; `QuantizationError` where it cannot be done here.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    target = device_of(device)
-    check_quantization(quantization, target)
-    name = os.fspath(name_or_path)
-    if quantization is None:
-        model = VLMForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], device_map=target)
-    else:
-        model = load_quantized(name, quantization, DTYPES[dtype], target)
-    return Med3DVLM(model, VLMProcessor.from_pretrained(name, config=model.config))
+def _pairs(scans, questions) -> list[tuple[Scan, str]]:
+    """Scans with their questions; see `Med3DVLM.answer_batch`."""
+    if questions is None:
+        pairs = list(scans)
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+            raise ValueError("without questions, a batch is a list of pairs (scan, question)")
+        return pairs
+    one_question, one_scan = isinstance(questions, str), isinstance(scans, str | os.PathLike | Volume)
+    questions = [questions] if one_question else list(questions)
+    scans = [scans] * len(questions) if one_scan else list(scans)
+    questions *= len(scans) if one_question else 1
+    if len(scans) != len(questions):
+        raise ValueError(f"expected one scan per question, found {len(scans)} scans and {len(questions)} questions")
+    return list(zip(scans, questions, strict=True))

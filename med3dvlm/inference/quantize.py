@@ -45,7 +45,7 @@ def load_quantized(name: str, quantization: str, dtype: torch.dtype | None, devi
         CheckpointError: see `VLMForCausalLM.from_pretrained`.
     """
     if quantization == "int8":
-        return VLMForCausalLM.from_pretrained(name, dtype=dtype, quantizer=Int8Quantizer(dtype), device_map=device)
+        return VLMForCausalLM.from_pretrained(name, quantizer=Int8Quantizer(dtype), device_map=device)
     model = VLMForCausalLM.from_pretrained(name, dtype=dtype)
     return blocks_to_4bit(model, device).to(device)
 

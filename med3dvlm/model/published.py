@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import DistilBertConfig, GenerationConfig, PreTrainedConfig
 
@@ -67,7 +68,7 @@ def device_of(device_map: torch.device | str | int | None) -> torch.device:
     try:
         device = torch.device("cpu" if device_map is None else device_map)
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch built without it, no driver, an unknown name
+    except (AssertionError, ImportError, RuntimeError) as error:  # torch built without it, no driver, an unknown name
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise DeviceError(f"device {device_map} cannot be used here: {reason}") from error
     return device
@@ -102,7 +103,8 @@ class PublishedLayout:
                 config says. `torch_dtype` is its older name.
             device_map: a device, or "auto" (see `device_of`); the CPU where None.
             quantizer: stores layers in fewer bits as they are read. `convert(key, tensor)` gives the tensors to keep,
-                `prepare(model)` puts layers that hold them into a model without memory.
+                in the dtype to keep them in (`dtype` means nothing then), `prepare(model)` puts layers that hold them
+                into a model without memory.
             kwargs: revision, cache_dir, token, local_files_only for the hub; the rest changes keys of the config.
         Raises:
             CheckpointError: another architecture, a config that cannot be used, or weights that don't fit: every key
@@ -124,7 +126,8 @@ class PublishedLayout:
         tensors = read_weights(folder, convert=None if quantizer is None else quantizer.convert)
         if isinstance(config, CLIPConfig) and config.text_config is None:
             config.text_config = text_config_of(tensors, folder)
-        tensors = cast(tensors, torch_dtype if dtype is None else dtype)
+        if quantizer is None:  # its tensors are as they shall be; a copy of them all would double the memory
+            tensors = cast(tensors, torch_dtype if dtype is None else dtype)
         config.dtype = main_dtype(tensors.values())
         config.name_or_path = str(pretrained_model_name_or_path)
         with checkpoint_errors(folder), parameters_on_meta():
@@ -134,7 +137,8 @@ class PublishedLayout:
         load_strict(model, tensors, str(folder), optional=_tied_keys(config, tensors, folder), assign=True)
         model.tie_weights()
         if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            with checkpoint_errors(folder / "generation_config.json"):
+                model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval().to(device)
 
     def save_pretrained(
@@ -183,11 +187,16 @@ def local_folder(name_or_path: str | Path, **hub: Any) -> Path:
     Raises:
         CheckpointError: neither is to be had.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file: name the folder of the checkpoint")
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub))
+    except HFValidationError as error:  # a path, or no name at all
+        raise CheckpointError(f"{name_or_path}: no such folder; name a folder, or `owner/name` on the hub") from error
     except Exception as error:  # the errors of huggingface_hub and of its HTTP client have no other base in common
         raise CheckpointError(
             f"{name_or_path}: no such folder, and not to be had from the hub ({' '.join(str(error).split())}); check "

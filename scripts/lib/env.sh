@@ -50,7 +50,7 @@ report_system_packages() {
     fi
     if ! command -v g++ >/dev/null 2>&1; then
         missing="$missing g++" notes="$notes
-  g++: only for DeepSpeed on CPU, which compiles a small extension"
+  g++: for DeepSpeed on CPU, and for the faster kernels of the encoder there"
     fi
     if [ ! -e /usr/share/wordnet/data.noun ]; then
         missing="$missing wordnet-base wordnet-sense-index" notes="$notes

@@ -114,8 +114,31 @@ def open_scan(page, *paths) -> None:
 def upload_error(page, *paths) -> str:
     """Upload files that can't be opened; returns the sentence about them."""
     page.set_input_files(".files", [str(path) for path in paths])
-    page.wait_for_selector(".viewer .error:not([hidden])")
-    return page.inner_text(".viewer .error")
+    return problem(page)
+
+
+def problem(page) -> str:
+    """Wait for the sentence about what could not be opened."""
+    page.wait_for_selector(".problem")
+    return page.inner_text(".problem .error")
+
+
+def drop(page, *paths) -> None:
+    """Drop files and folders of the machine onto the viewer, as a mouse would."""
+    session = page.context.new_cdp_session(page)
+    box = page.locator(".views").bounding_box()
+    files = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": box["x"] + 90, "y": box["y"] + 90, "data": files})
+
+
+def wait_for_scan(page, about: str) -> None:
+    """Wait until a scan is shown whose description begins so."""
+    page.wait_for_function(
+        "(about) => document.querySelector('.facts .about').textContent.startsWith(about) && "
+        "document.querySelector('.busy').hidden",
+        arg=about,
+    )
 
 
 def ask(page, question: str) -> str:

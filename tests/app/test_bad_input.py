@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from med3dvlm.app.volumes import write_for_browser
 from tests.app.conftest import ask, open_scan, upload_error
 
 
@@ -102,11 +103,46 @@ def test_an_aborted_upload_leaves_nothing(server, session):
     assert fetch(server, f"/med3dvlm/upload/{session.token}/3?name=next.nii", "PUT", b"all of it")[0] == 204
 
 
+def test_an_upload_is_cancelled_in_the_browser(page, server, scan, tmp_path):
+    with open(tmp_path / "slow.nii", "wb") as file:
+        file.truncate(server.limit - 1)
+    session = server.sessions.by_token(page.evaluate("window.med3dvlm.state.session"))
+    network = page.context.new_cdp_session(page)
+    throttled = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 200_000}
+    network.send("Network.emulateNetworkConditions", throttled)
+    page.set_input_files(".files", tmp_path / "slow.nii")
+    page.click(".busy .cancel")
+    network.send("Network.emulateNetworkConditions", {**throttled, "uploadThroughput": -1})
+    assert not page.is_visible(".busy") and not page.is_visible(".problem")
+    wait_for(lambda: len([*session.uploads.iterdir()]) == 1)  # that of the scan that is shown
+    open_scan(page, scan)
+
+
+def test_a_scan_that_is_chosen_while_another_is_read_is_opened_next(page, scan, tmp_path, monkeypatch):
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return write_for_browser(*arguments)
+
+    (tmp_path / "second.nii.gz").write_bytes(scan.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr("med3dvlm.app.opening.write_for_browser", slowly)
+        page.set_input_files(".files", scan)
+        page.wait_for_selector(".busy:has-text('Reading')")
+        page.set_input_files(".files", tmp_path / "second.nii.gz")
+        page.wait_for_function("document.querySelector('.name').textContent === 'second.nii.gz'")
+    assert not page.is_visible(".problem")
+
+
 def test_names_cannot_lead_out_of_the_session_folder(server, session):
-    for name in ("..%2F..%2Fescaped.nii", "%2Ftmp%2Fescaped.nii", "..%5C..%5Cescaped.nii", "..", "%00.nii", ".hidden"):
+    names = ("..%2F..%2Fescaped.nii", "%2Ftmp%2Fescaped.nii", "..%5C..%5Cescaped.nii", "..", "%00.nii", ".hidden")
+    for name in (*names, "a%2F.%2F%2F..%2Fb", "%E7%89%87" * 150, "f%2F" * 300):
         assert fetch(server, f"/med3dvlm/upload/{session.token}/4?name={name}", "PUT", b"x")[0] == 204
-    written = {file.name for file in session.batch_folder(4).iterdir()}
-    assert written == {"escaped.nii", "1_escaped.nii", "2_escaped.nii", "scan", "nii", "hidden"}
+    folder = session.batch_folder(4)
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    ours = {"escaped.nii", "tmp/escaped.nii", "1_escaped.nii", "scan", "nii", "hidden", "a/b", "/".join("f" * 8)}
+    assert {name for name in written if "\u7247" not in name} == ours
+    assert fetch(server, f"/med3dvlm/upload/{session.token}/4?name=a%2Fb%2Fc", "PUT", b"x")[0] == 507  # "a/b" is a file
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -156,13 +192,16 @@ def test_another_site_cannot_talk_to_the_app_under_its_own_name(server):
     assert fetch(server, "/", host=f"localhost:{server.port}")[0] == 200
 
 
-def test_an_error_that_nobody_foresaw_is_a_sentence_too(page, scan, monkeypatch):
+def test_an_error_that_nobody_foresaw_is_a_sentence_too(page, server, scan, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no memory left")
 
+    session = server.sessions.by_token(page.evaluate("window.med3dvlm.state.session"))
+    seen = session.chat.seen.image
     with monkeypatch.context() as patch:
         patch.setattr("med3dvlm.app.opening.write_for_browser", fail)
         assert "went wrong" in upload_error(page, scan)
+        assert session.chat.seen.image is seen  # questions are about the scan that is still shown
         patch.setattr("med3dvlm.inference.chat.next_tokens", fail)
         assert "went wrong" in ask(page, "What is seen?")
     open_scan(page, scan)

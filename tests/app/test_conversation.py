@@ -2,8 +2,12 @@
 
 import re
 import time
+from base64 import b64decode
+from io import BytesIO
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS
 from med3dvlm.inference import NOTICE
@@ -94,6 +98,9 @@ def test_sampling_settings_reach_the_model(new_page, scan, script):
     ask(page, "How?")
     message = page.inner_text(".log .assistant")
     assert "temperature 0.7, top-p 0.5, seed 3" in message and "4 tokens" in message
+    page.get_by_label("Seed").fill("1" + "0" * 30)
+    page.keyboard.press("Tab")
+    assert "seed must be" in ask(page, "And now?")
 
 
 def test_what_cannot_be_asked_is_said(page, script):
@@ -128,6 +135,10 @@ def test_export_is_one_file_that_needs_nothing_else(page, script, tmp_path):
     assert text.count('src="data:image/png;base64,') == 3 and "torso.nii.gz" in text and NOTICE in text
     assert "Is it &lt;b&gt;large&lt;/b&gt;?" in text and "<script" not in text and "<img src=x" not in text
     assert not re.search(r"""<[^>]*(src|href)=["'](?!data:)""", text)
+    axial = Image.open(BytesIO(b64decode(re.search(r"base64,([^\"]+)", text)[1]))).convert("L")
+    assert axial.size == (461 + 48, 512 + 48)  # 144 x 160 mm, and room for the letters
+    left, right = np.asarray(axial)[:, :20], np.asarray(axial)[:, -20:]
+    assert left.max() > 200 and right.max() > 200  # the letters R and L
 
 
 def test_two_people_at_once(page, new_page, script, server, scan, tmp_path):

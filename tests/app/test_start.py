@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -41,7 +43,6 @@ def test_the_quickstarts_model_is_taken_where_there_is_one(monkeypatch, tmp_path
     "arguments",
     [
         ["--share"], ["--max_upload_gb", "0"], ["--port", "x"], ["--port", "0"], ["--port", "65536"],
-        ["--device", "nonsense"],
     ],
 )  # fmt: skip
 def test_wrong_arguments(arguments, monkeypatch, capsys):
@@ -65,6 +66,26 @@ def test_port_from_the_environment(monkeypatch):
     monkeypatch.setenv("GRADIO_SERVER_PORT", "many")
     with pytest.raises(SystemExit):
         main.parse_arguments([])
+
+
+def test_a_device_that_is_not_there_is_one_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(main, "QUICKSTART", tmp_path)
+    write_tiny_vlm(tmp_path / "model")
+    assert main.run(["--device", "nonsense"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: device nonsense") and "\n" not in error
+
+
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'med3dvlm[app]'")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        model = write_tiny_vlm(tmp_path / "vlm")
+        assert main.run(["--port", str(port), "--device", "cpu", "--model_name_or_path", str(model)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert f"port {port} is taken" in error and "\n" not in error
+    assert not [*tmp_path.glob("med3dvlm-app-*")]
 
 
 def test_models_that_cannot_be_used_are_one_sentence(tmp_path, capsys):

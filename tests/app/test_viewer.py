@@ -22,8 +22,21 @@ def places(page) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def middle(page):
-    """Each test starts with the crosshair in the middle and the first window."""
+    """Each test starts with the crosshair in the middle, the first window and nothing enlarged."""
     page.evaluate("window.med3dvlm.preset('Soft tissue'); window.med3dvlm.move(window.med3dvlm.scan.middle())")
+    page.evaluate("window.med3dvlm.planes.forEach((plane) => plane.showAll())")
+
+
+def frame(page) -> dict:
+    """Where the axial plane lies on its canvas, with the place of the canvas on the page as x and y."""
+    box = page.locator("[data-view=axial] canvas").bounding_box()
+    return page.evaluate("window.med3dvlm.planes[0].frame") | {"x": box["x"], "y": box["y"]}
+
+
+def under(frame: dict, x: float, y: float) -> tuple[float, float]:
+    """What of the plane lies at a place of the page, as fractions across and down."""
+    across = (x - frame["x"] - frame["left"]) / frame["width"]
+    return across, (y - frame["y"] - frame["top"]) / frame["height"]
 
 
 def test_every_plane_follows_its_slider(page):
@@ -82,6 +95,78 @@ def test_arrows_move_through_slices_and_w_changes_the_window(page):
     page.fill("#question textarea", "")
 
 
+def test_the_wheel_moves_through_slices_and_with_ctrl_zooms(page):
+    whole = frame(page)
+    x, y = whole["x"] + whole["left"] + 60, whole["y"] + whole["top"] + 50
+    page.mouse.move(x, y)
+    page.mouse.wheel(0, 120)
+    for _ in range(5):
+        page.mouse.wheel(0, -10)  # a touchpad
+    page.mouse.wheel(0, -120)
+    assert places(page)[0] == "12 / 24"
+    page.keyboard.down("Control")
+    for _ in range(3):
+        page.mouse.wheel(0, -120)
+    page.keyboard.up("Control")
+    page.wait_for_selector("[data-view=axial] .zoom")
+    zoomed = frame(page)
+    assert zoomed["width"] > 1.5 * whole["width"] and places(page)[0] == "12 / 24"
+    assert zoomed["width"] / zoomed["height"] == pytest.approx(whole["width"] / whole["height"])
+    assert under(zoomed, x, y) == pytest.approx(under(whole, x, y), abs=0.005)  # what lies below the mouse stays
+    page.click("[data-view=axial] .zoom")
+    assert frame(page) == whole and not page.is_visible("[data-view=axial] .zoom")
+
+
+def test_a_zoomed_plane_is_dragged_and_the_crosshair_still_goes_where_one_clicks(page):
+    whole = frame(page)
+    page.locator("[data-view=axial] canvas").focus()
+    for _ in range(4):
+        page.keyboard.press("+")
+    before = frame(page)
+    x, y = whole["x"] + whole["left"] + whole["width"] / 2, whole["y"] + whole["top"] + whole["height"] / 2
+    page.keyboard.down("Shift")
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 40, y - 30, steps=3)
+    page.mouse.up()
+    page.keyboard.up("Shift")
+    after = frame(page)
+    assert (after["left"] - before["left"], after["top"] - before["top"]) == pytest.approx((40, -30))
+    assert places(page) == ["13 / 24", "21 / 40", "25 / 48"]
+    page.mouse.click(x + 70, y + 20)
+    across, down = under(after, x + 70, y + 20)
+    assert places(page) == ["13 / 24", f"{int(down * 40) + 1} / 40", f"{int(across * 48) + 1} / 48"]
+    page.mouse.move(x, y)
+    page.mouse.down(button="middle")
+    page.mouse.move(x + 3000, y, steps=3)
+    page.mouse.up(button="middle")
+    assert frame(page)["left"] == pytest.approx(whole["left"])  # it can't be lost
+    page.keyboard.press("0")
+    assert frame(page) == whole
+
+
+def test_two_fingers_zoom(page):
+    whole = frame(page)
+    middle = whole["x"] + whole["left"] + whole["width"] / 2, whole["y"] + whole["top"] + whole["height"] / 2
+    session = page.context.new_cdp_session(page)
+    for kind, apart in (("touchStart", 20), ("touchMove", 40), ("touchMove", 60), ("touchEnd", None)):
+        points = [{"x": middle[0] + side * apart, "y": middle[1], "id": side + 1} for side in (-1, 1) if apart]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    assert frame(page)["width"] == pytest.approx(3 * whole["width"], rel=0.01)
+
+
+def test_the_right_button_drags_the_window(page):
+    before = pictures(page)
+    here = frame(page)
+    page.mouse.move(here["x"] + 200, here["y"] + 150)
+    page.mouse.down(button="right")
+    page.mouse.move(here["x"] + 240, here["y"] + 130, steps=4)
+    page.mouse.up(button="right")
+    assert page.input_value(".preset") == "Own"
+    assert float(page.input_value(".width")) > 400 and float(page.input_value(".level")) > 40
+    assert pictures(page) != before and places(page) == ["13 / 24", "21 / 40", "25 / 48"]
+
+
 def test_window_and_level_may_be_anything(page):
     before = pictures(page)
     page.fill(".level", "-500")
@@ -107,10 +192,19 @@ def test_as_the_model_sees_it(page, server):
 
 
 def test_the_volume_is_rendered(page):
-    page.wait_for_function("window.med3dvlm.rendering.viewer?.volumes.length === 1")
+    page.wait_for_function("window.med3dvlm.rendering.ready")
     page.wait_for_timeout(300)
     picture = Image.open(BytesIO(page.locator("[data-view=volume] .stage").screenshot())).convert("L")
     assert (np.asarray(picture) > 60).mean() > 0.02
+
+
+def test_the_rendered_volume_follows_even_while_it_is_being_drawn(page):
+    page.evaluate("window.med3dvlm.rendering.drawn = null; window.med3dvlm.drawVolume()")
+    page.evaluate("window.med3dvlm.move([40, 10, 5]); window.med3dvlm.preset('Bone')")
+    page.evaluate("window.med3dvlm.rendering.drawing")
+    page.wait_for_function("window.med3dvlm.rendering.viewer.volumes[0].cal_max === 1300")
+    at = page.evaluate("[...window.med3dvlm.rendering.viewer.scene.crosshairPos]")
+    assert at == pytest.approx([1 - 40.5 / 48, 1 - 10.5 / 40, 1 - 5.5 / 24])
 
 
 def test_a_view_can_fill_the_viewer(page):

@@ -77,6 +77,48 @@ def test_a_second_run_changes_nothing_and_keeps_what_was_filled_in(tmp_path):
     )
 
 
+def test_tables_and_texts_of_an_earlier_run_go_when_they_are_true_no_more(tmp_path):
+    """The same question in the tables of two splits would be a leak that only the history of the folder explains."""
+    question, choices = ["Which organ?", "Liver"], ["Kidney", "Liver", "B"]
+    first = ["a.nii.gz", "Of a.", "test", "p1", *question, *choices]
+    path, out = listed(tmp_path / "in", first, ["b.nii.gz", "Of b.", "test", "p1"]), tmp_path / "own"
+    assert run(path, out) == 0 and (out / "patients.csv").read_text() == "case,patient\np1/a,p1\np1/b,p1\n"
+    assert len(read_vqa_csv(out / "M3D_VQA_test.csv", tmp_path)) == 1
+    columns = ["image", "report", "split", "case", "question", "answer"]
+    write_table(path, [["a.nii.gz", "", "train", "p1", *question]], columns)
+    assert run(path, out) == 0
+    tables = {table.name: len(table.read_text().splitlines()) for table in out.glob("*.csv")}
+    assert tables == {"M3D_VQA_train.csv": 1, "M3D_VQA_open_train.csv": 2}
+    listed(tmp_path / "in", ["a.nii.gz", "Of a.", "train", "p1"])
+    assert run(path, out) == 0 and (out / "p1/text.txt").read_text() == "Of a."
+    listed(tmp_path / "in", ["a.nii.gz", "", "train", "p1"])
+    assert run(path, out) == 0 and not (out / "p1/text.txt").exists()
+
+
+def test_results_never_take_the_place_of_originals(tmp_path, capsys):
+    """With the input as output, the volume of p1 would be replaced by its prepared one, and its report by a line."""
+    original = write_nifti(tmp_path / "tree/p1/scan.nii.gz")
+    (tmp_path / "tree/p1/text.txt").write_text("study_findings: One.\nTwo.")
+    write_nifti(tmp_path / "tree/p2/scan.nii.gz")
+    table = write_table(tmp_path / "tree/list.csv", [["p1/scan.nii.gz", "x", "p1"]], ["image", "report", "patient"])
+    before = snapshot(tmp_path / "tree")
+    for source, out in ((original.parents[1], "tree"), (original.parents[1], "tree/out"), (table, "tree")):
+        for main in (prepare.main, convert.main):
+            assert main(["--input_dir", str(source), "--output_dir", str(tmp_path / out)]) == 1
+            assert "lies in the input" in capsys.readouterr().err
+    assert snapshot(tmp_path / "tree") == before
+    assert run(table, tmp_path / "tree/own") == 0  # beside the scans of a list is no harm
+
+
+def test_what_cannot_be_written_is_a_sentence(tmp_path, capsys):
+    path = listed(tmp_path / "in", ["a.nii.gz", "Of a."])
+    (tmp_path / "file").write_text("")
+    for flags in (["file/out"], ["file"], ["out", "--hash_ids", "--key_file", str(tmp_path / "file/key")]):
+        for main in (prepare.main, convert.main):
+            assert main(["--input_dir", str(path), "--output_dir", str(tmp_path / flags[0]), *flags[1:]]) == 1
+            assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_preparation_replaces_links_and_a_link_never_replaces_a_prepared_volume(tmp_path, capsys):
     path, out = listed(tmp_path / "in", ["a.nii.gz", "Of a.", "train"]), tmp_path / "own"
     original = (tmp_path / "in/a.nii.gz").read_bytes()
@@ -111,10 +153,13 @@ def test_patients_are_never_divided_and_stay_where_they_are_when_data_are_added(
 
 @pytest.mark.parametrize("rows, message", [
     ([["a.nii.gz", "x", "train", "p1"], ["b.nii.gz", "x", "test", "p1"]], "one case in the splits"),
-    ([["a.nii.gz", "x", "train", "p1"], ["./a.nii.gz", "x", "test", "p2"]], "belongs to two patients, of p1 and of p2"),
+    ([["a.nii.gz", "x", "train", "p1"], ["./a.nii.gz", "x", "test", "p2"]], "a.nii.gz has another case than in row 1"),
+    ([["a.nii.gz", "x", "", "p1"], ["link.nii.gz", "x", "", "p2"]], "belongs to two patients, of p1 and of p2"),
 ])  # fmt: skip
 def test_leaks_of_a_list_are_refused(tmp_path, capsys, rows, message):
-    assert run(listed(tmp_path / "in", *rows), tmp_path / "out") == 1
+    path = listed(tmp_path / "in", *rows)
+    (tmp_path / "in/link.nii.gz").symlink_to("a.nii.gz")
+    assert run(path, tmp_path / "out") == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -160,6 +205,7 @@ def test_ct_rate_labels_questions_and_unmatched_names(tmp_path):
     assert set((out / "unmatched.csv").read_text().splitlines()[1:]) == {
         "train_2_a_1.nii.gz,volumes have no report", "train_77_a_1.nii.gz,reports have no volume here",
         "train_88_a_1,rows of labels have no volume here",
+        "dataset/valid_fixed/valid_9/valid_9_b/valid_9_b_1.nii.gz,\"no chest scan, by CT-RATE's list\"",
     }  # fmt: skip
     assert np.array_equal(nib.load(found["train"][0].image).get_fdata(), nib.load(found["train"][1].image).get_fdata())
 
@@ -192,7 +238,7 @@ def test_slices_and_options_of_reading_need_preparation(tmp_path, capsys):
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert run(listed(tmp_path / "list", ["a.nii.gz", "x"]), tmp_path / "flipped", "--flip", "D") == 0
     said = capsys.readouterr().out
-    assert "folders of slices" in said and "without --flip" in said
+    assert "this input has folders" in said and "without --flip" in said
     assert json.loads((tmp_path / "flipped/preparation.json").read_text())["reading"] == {"flip": "D"}
 
 

@@ -81,7 +81,7 @@ def test_every_file_without_pixels_is_refused():
     without = [file for file in files if "PixelData" not in header(file)]
     assert len(without) == 70
     for file in without:
-        with pytest.raises(VolumeError, match="no pixels|is a DICOMDIR|rtplan_truncated.dcm: truncated: it ends"):
+        with pytest.raises(VolumeError, match="no pixels|is a DICOMDIR|: truncated: it "):
             read_dicom(file, Reading())
 
 

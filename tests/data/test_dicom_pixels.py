@@ -48,6 +48,8 @@ def test_each_slice_has_its_own_slope(tmp_path):
         (dict(RescaleSlope=None, RescaleIntercept=None), "CT", ""),
         (dict(Modality="MR"), "MR", ""),
         (dict(Modality="Doe, Jane"), "", ""),
+        (dict(Modality="DOEJANE"), "", ""),
+        (dict(Modality="PT", Units="DOEJANE"), "PT", ""),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Invalid value")  # while it is written

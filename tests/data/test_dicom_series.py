@@ -92,7 +92,7 @@ def test_the_largest_series_is_read_and_the_others_are_named(tmp_path):
     decoded = read(tmp_path)
     assert np.array_equal(decoded.array, ARRAY)
     assert "broken.dcm" in decoded.warnings[0]
-    assert decoded.warnings[1].startswith("read series 3, the largest of 2; series=N (--series N) chooses")
+    assert decoded.warnings[1].startswith("read series 3, the largest of 2; another can be chosen (--series")
     shown = [(s.uid, s.number, s.modality, s.shape, s.usable, s.reason) for s in list_dicom_series(tmp_path)]
     assert shown == [
         ("1.2.3", None, "CT", (1, 0, 0), False, "a secondary capture"),

@@ -16,12 +16,14 @@ def ramp(k, j, i):
     [
         ([0, 1, 2, 3], True),
         ([0, 1.09, 2, 3], True),  # within 0.1 mm
-        ([0, 1.19, 2, 3], True),  # the grid may lie 0.095 mm to the side
-        ([0, 1.25, 2, 3], False),
-        ([0.15, 1, 2, 3, 4, 5], True),
+        ([0, 1.11, 2, 3], False),  # one slice is out of place; a grid 0.055 mm to the side is not that of the others
+        ([0.11, 1, 2, 3, 4, 5], False),
+        ([0, 1, 2, 3, 4, 5.11], False),
+        ([*range(150), 150.11, *range(151, 300)], False),
+        ([0.09, 1, 2, 3, 4, 5], True),
         ([0.09, 0.91, 2.09, 2.91, 4.09, 4.91], True),
-        ([0, 10.39, 20, 30], True),  # within 2% of the spacing
-        ([0, 10.45, 20, 30], False),
+        ([0, 10.19, 20, 30], True),  # within 2% of the spacing
+        ([0, 10.21, 20, 30], False),
         ([0, 1.4, 2.4, 3.4, 4.4], False),
         ([0, 0.3, 0.6, 0.9, 1.5, 1.8, 2.1, 2.4], False),  # one is missing, though all lie within 0.1 mm of a grid
         ([-5, -3, -1, 3, 5], False),  # a slice is missing
@@ -84,13 +86,13 @@ def test_tilted_stack_is_sheared_straight(step_j, step_i):
     rows, columns = step_j * np.arange(slices), step_i * np.arange(slices)
     # voxel (j, i) of slice k lies at (j + rows[k], i + columns[k])
     array = ramp(k, j + rows[k], i + columns[k]).astype(np.float32)
-    result, (row, column) = shear_slices(array, rows, columns, fill=-1000)
+    result, (row, column) = shear_slices(array, rows, columns)
     for n in range(slices):
         j, i = np.meshgrid(np.arange(result.shape[1]) + row, np.arange(result.shape[2]) + column, indexing="ij")
         inside = (j >= rows[n]) & (j <= rows[n] + height - 1) & (i >= columns[n]) & (i <= columns[n] + width - 1)
         assert np.allclose(result[n][inside], ramp(n, j, i)[inside], atol=1e-4)
         outside = (j <= rows[n] - 1) | (j >= rows[n] + height) | (i <= columns[n] - 1) | (i >= columns[n] + width)
-        assert (result[n][outside] == -1000).all()
+        assert (result[n][outside] == array.min()).all()
         assert inside.sum() >= (height - 1) * (width - 1)  # nothing of a slice is cut off
 
 

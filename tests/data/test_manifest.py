@@ -128,6 +128,39 @@ def test_rename_command_takes_both_forms_files_and_folders(tmp_path, capsys):
         main([])
 
 
+def test_a_byte_order_mark_stays_and_does_not_matter(tmp_path, capsys):
+    (tmp_path / "q.csv").write_bytes(b'\xef\xbb\xbf"Image Path","Answer"\r\n"a.npy","x.npy"\r\n')
+    (tmp_path / "m.json").write_bytes(b'\xef\xbb\xbf{"train": [{"image": "a.npy", "text": "t"}]}')
+    assert rename_main()([str(tmp_path)]) == 0 and capsys.readouterr().out.count("1 paths changed") == 2
+    assert (tmp_path / "q.csv").read_bytes() == b"\xef\xbb\xbfImage Path,Answer\r\na.nii.gz,x.npy\r\n"
+
+
+def test_other_files_in_a_folder_of_manifests_are_no_failure(tmp_path, capsys):
+    write_table(tmp_path / "unmatched.csv", [["a", "b"]], ["name", "reason"])
+    (tmp_path / "preparation.json").write_text('{"dtype": "uint8"}')
+    write_table(tmp_path / "q.csv", [["x.npy", *ROW[1:]]])
+    assert rename_main()(["--csv_path", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("paths changed") == 1 and not said.err
+    assert rename_main()([str(tmp_path / "unmatched.csv")]) == 1  # a file that is named should be one
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        rename_main()([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("name", ["q.csv", "m.json"])
+def test_a_manifest_that_cannot_be_replaced_is_a_sentence(tmp_path, name, monkeypatch, capsys):
+    write_table(tmp_path / "q.csv", [["x.npy", *ROW[1:]]])
+    (tmp_path / "m.json").write_text('{"train": [{"image": "x.npy", "text": "t"}]}')
+
+    def read_only(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    assert rename_main()(["--csv_path", str(tmp_path / name)]) == 1
+    assert f"{name}: cannot be renamed ([Errno 13] Permission denied)" in capsys.readouterr().err
+
+
 def test_interrupted_rename_keeps_the_old_file(tmp_path, monkeypatch):
     path = write_table(tmp_path / "q.csv", [["x.npy", *ROW[1:]]])
     before = path.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import zipfile
 from pathlib import Path
 
@@ -89,6 +90,21 @@ def test_a_list_and_the_record_of_how_it_was_prepared(tmp_path):
     assert recorded["max_abs_error"] == pytest.approx(1 / 510 + 1e-6)
     assert (recorded["dtype"], recorded["cases"], recorded["volumes"], recorded["source"]) == ("uint8", 2, 2, "list")
     assert recorded["bytes"] == sum(file.stat().st_size for file in out.rglob("*.nii.gz"))
+
+
+def test_a_list_that_names_another_file_makes_the_volume_anew(tmp_path):
+    """Also where that file is older than the result, and where it cannot be read at first."""
+    files = {name: write_nifti(tmp_path / name / "a.nii", value) for name, value in (("x", 1.0), ("y", 10.0))}
+    sound, results = files["y"].read_bytes(), []
+    for name, data, code in (("x", files["x"].read_bytes(), 0), ("y", sound[:50], 1), ("y", sound, 0), ("y", sound, 0)):
+        files[name].write_bytes(data)
+        os.utime(files[name], (1e9, 1e9))
+        (tmp_path / "list.csv").write_text(f"image,report,case\n{name}/a.nii,A cyst.,1\n")
+        assert run(tmp_path / "list.csv", tmp_path / "out", "--window", "300", "600") == code
+        (file,) = (tmp_path / "out").rglob("*.nii.gz")
+        results.append((file.stat().st_mtime_ns, load_volume(file).array.max()))
+    assert results[0] == results[1] and results[2] == results[3]  # and then it stays
+    assert results[0][1] < 0.2 and results[2][1] > 0.9
 
 
 def test_a_mistake_in_a_list_stops_everything(tmp_path, capsys):

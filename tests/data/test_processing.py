@@ -198,7 +198,8 @@ def test_published_folder_needs_no_processor_file(tmp_path):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("{", "cannot be used"), ('{"image_token": "<im_patch>"}', "neither num_image_tokens in processor_config.json nor"),
+    ("{", "cannot be used"), ("[1]", "cannot be used"),
+    ('{"image_token": "<im_patch>"}', "neither num_image_tokens in processor_config.json nor"),
     ('{"num_image_tokens": 8}', "cannot be used"),
     ('{"num_image_tokens": 8, "preprocess": {"preset": "none"}}', "unknown preprocessing 'none'"),
     ('{"num_image_tokens": 8, "preprocess": {"version": 9}}', "version 9: this software knows up to 2; update"),
@@ -207,7 +208,15 @@ def test_published_folder_needs_no_processor_file(tmp_path):
 def test_broken_processor_file_is_named(processor, tmp_path, text, reason):
     processor.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*{reason}"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}.*: .*{reason}"):
+        VLMProcessor.from_pretrained(tmp_path)
+
+
+def test_a_half_copied_tokenizer_is_named(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: its tokenizer: cannot be used"):
         VLMProcessor.from_pretrained(tmp_path)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from med3dvlm.data.samples import REFERENCE_FILES, TOTALSEGMENTATOR
 from med3dvlm.data.volume import load_volume
-from tests.helpers.packages import fetch_package
+from tests.helpers.packages import fetch_or_skip
 
 sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed")
 
 pytestmark = pytest.mark.slow
-VERSION, SHA256 = "2.18.0", "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03"
 SCANS = {  # file -> shape [D, H, W] and axes
     "example_ct.nii.gz": ((112, 101, 122), "RAS"),
     "example_ct_sm.nii.gz": ((30, 101, 122), "RAS"),
@@ -27,12 +27,12 @@ SPINE = (33, 32, 31, 30)  # T11, T12, L1, L2
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> Path:
     """The folder with the reference files of TotalSegmentator (Apache-2.0)."""
-    archive = fetch_package("totalsegmentator", VERSION, SHA256, "--no-binary=:all:")
+    archive = fetch_or_skip(TOTALSEGMENTATOR)
     folder = tmp_path_factory.mktemp("samples")
     with tarfile.open(archive) as tar:
-        members = [m for m in tar if "/tests/reference_files/" in m.name]
+        members = [m for m in tar if m.name.startswith(REFERENCE_FILES)]
         tar.extractall(folder, members, filter="data")
-    return folder / f"totalsegmentator-{VERSION}" / "tests" / "reference_files"
+    return folder / REFERENCE_FILES
 
 
 @pytest.mark.parametrize("name", SCANS)

@@ -7,8 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from med3dvlm.data.sources import SourceError, SourceOptions, collect, recognise
-from med3dvlm.data.sources.base import draw_split, file_name, known_split, read_table
+from med3dvlm.data.sources import SourceError, SourceOptions, collect
+from med3dvlm.data.sources.base import draw_split, file_name, known_split
+from med3dvlm.data.sources.spreadsheet import read_table
 from tests.helpers.tiny_data import write_slices, write_table
 
 
@@ -126,6 +127,22 @@ def test_3d_rad_questions_over_ct_rate(tmp_path):
     assert any("train_500_a_1" in note for note in found.notes)
 
 
+def test_ct_rate_tables_may_leave_the_ending_out(tmp_path):
+    for table in (ct_rate(tmp_path, "") / "dataset").rglob("*.csv"):
+        table.write_text(table.read_text().replace(".nii.gz", ""))
+    (tmp_path / "dataset/metadata/no_chest_valid.txt").write_text("valid_9_b_1\n")
+    found = collect(tmp_path, "auto", SourceOptions())
+    assert [c.folder for c in found.cases if c.text] == ["train/train_1/train_1_a", "valid/valid_1/valid_1_a"]
+    assert len(found.cases) == 2
+
+
+def test_a_closed_question_without_choices_is_an_open_one(tmp_path):
+    rows = [["Task1", "-", "train_1_a_1.nii.gz", "Is there a nodule?", "No", "Close", "-", "-", "-", "-", "-"]]
+    table = write_table(tmp_path / "a.csv", rows, RAD)
+    (question,) = collect(ct_rate(tmp_path / "ct"), "auto", SourceOptions(questions=table)).questions["train"]
+    assert question.choices == () and question.answer == "No"
+
+
 def test_ct_rate_questions_of_its_own(tmp_path):
     talks = [
         {"image": "train_1_a_1.nii.gz", "conversations": [
@@ -135,8 +152,21 @@ def test_ct_rate_questions_of_its_own(tmp_path):
     ]  # fmt: skip
     (ct_rate(tmp_path) / "dataset/vqa").mkdir()
     (tmp_path / "dataset/vqa/train_vqa.json").write_text(json.dumps(talks))
-    (question,) = collect(tmp_path, "auto", SourceOptions()).questions["train"]
+    found = collect(tmp_path, "auto", SourceOptions())
+    (question,) = found.questions["train"]
     assert (question.question, question.answer) == ("Is the heart large?", "No.")
+    assert any(note.startswith("2 entries of CT-RATE's vqa") for note in found.notes)
+
+
+@pytest.mark.parametrize("talks", [
+    "{", '{"a": 1}', "[3]", '[{"image": "x"}]', '[{"image": 3, "conversations": []}]',
+    '[{"image": "x", "conversations": [{"from": "human", "value": 3}]}]',
+])  # fmt: skip
+def test_ct_rate_questions_of_another_form_are_refused(tmp_path, talks):
+    (ct_rate(tmp_path) / "dataset/vqa").mkdir()
+    (tmp_path / "dataset/vqa/valid_vqa.json").write_text(talks)
+    with pytest.raises(SourceError, match="valid_vqa.json: expected a list"):
+        collect(tmp_path, "auto", SourceOptions())
 
 
 def amos(root, **changes) -> Path:
@@ -171,54 +201,23 @@ def test_amos_mm(tmp_path):
     ({"question": None}, "lacks question; it has image, question, answer, options"),
     ({"image": 3}, "lacks image"),
     ({"options": {"1": "x"}}, "options A to D"),
+    ({"options": {"A": 1, "B": 2}}, "options A to D"),
 ])  # fmt: skip
 def test_amos_mm_says_what_it_misses(tmp_path, changes, message):
     with pytest.raises(SourceError, match=message):
         collect(amos(tmp_path, **changes), "amos-mm", SourceOptions())
 
 
-def test_a_tree_of_volumes_by_folder(tmp_path):
-    for name in ("p1/visit/t1.nii.gz", "p1/visit/t2.nii.gz", "p2/scan.mha", "p2/scan.nii.gz", "p3/a b.npy"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    write_slices(tmp_path / "p4/series", np.zeros((3, 4, 5), np.uint8))
-    (tmp_path / "p4/text.txt").write_text("A report.")
-    found = collect(tmp_path, "auto", SourceOptions())
-    assert found.kind == "volumes"
-    assert sources_of(found) == {
-        "p1/visit": ["t1", "t2"], "p2": ["scan.mha", "scan.nii.gz"], "p3": ["a_b"], "p4": ["series"],
-    }  # fmt: skip
-    assert [case.group for case in found.cases] == ["p1", "p2", "p3", "p4"]
-    assert found.cases[3].text_file == tmp_path / "p4/text.txt"
-
-
-def test_flat_and_split_folders_and_reports_by_name(tmp_path):
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            write_nifti(tmp_path / split / f"{split}_{name}.nii.gz")
-    (tmp_path / "train/train_a.txt").write_text("Of a.")
-    found = collect(tmp_path, "auto", SourceOptions())
-    assert sorted(sources_of(found)) == ["test/test_a", "test/test_b", "train/train_a", "train/train_b"]
-    assert {case.split for case in found.cases if case.folder.startswith("test")} == {"test"}
-    assert next(c for c in found.cases if c.folder == "train/train_a").text_file == tmp_path / "train/train_a.txt"
-    flat = collect(tmp_path / "train", "auto", SourceOptions())
-    assert {(case.folder, case.group) for case in flat.cases} == {("train_a", "train_a"), ("train_b", "train_b")}
-
-
-def test_pairs_are_one_volume_and_other_files_none(tmp_path):
-    for name in ("a.hdr", "a.img", "notes.txt", "table.csv", "logo.png", ".hidden.nii"):
-        (tmp_path / name).write_bytes(b"")
-    assert sources_of(collect(tmp_path, "volumes", SourceOptions())) == {"a": ["a"]}
-
-
-def test_hashed_names_of_volumes(tmp_path):
-    write_nifti(tmp_path / "Jane Doe/scan_of_jane.nii.gz")
-    options = SourceOptions(key_file=tmp_path.parent / "key", hash_ids=True)
-    (case,) = collect(tmp_path, "volumes", options).cases
-    assert case.hidden and "jane" not in f"{case.folder} {case.items[0].name}".lower()
-    assert collect(tmp_path, "volumes", options).cases[0].folder == case.folder
-    (tmp_path.parent / "key").unlink()
-    assert collect(tmp_path, "volumes", options).cases[0].folder != case.folder
+@pytest.mark.parametrize("form, flag", [
+    ("volumes", {"questions": Path("x")}), ("volumes", {"reports": Path("x")}), ("volumes", {"columns": {"a": "x"}}),
+    ("list", {"reports": Path("x")}), ("ct-rate", {"hash_ids": True}), ("amos-mm", {"columns": {"image": "x"}}),
+])  # fmt: skip
+def test_an_option_without_a_use_is_refused(tmp_path, form, flag):
+    """What is asked for and would not happen: a table that is not read, names that are not hidden."""
+    make = {"volumes": lambda p: write_nifti(p / "p/a.nii").parents[1], "list": lambda p: listed(p, ["a.nii.gz"]),
+            "ct-rate": ct_rate, "amos-mm": amos}  # fmt: skip
+    with pytest.raises(SourceError, match=f"--{next(iter(flag))}"):
+        collect(make[form](tmp_path), "auto", SourceOptions(**flag))
 
 
 LIST = ["image", "report", "split", "case", "question", "answer", "choice_a", "choice_b", "answer_choice"]
@@ -228,46 +227,6 @@ def listed(tmp_path, *rows, columns=LIST) -> Path:
     for name in ("a.nii.gz", "b.nii.gz", "more/a.nii.gz"):
         write_nifti(tmp_path / name)
     return write_table(tmp_path / "list.csv", [[*row, *[""] * (len(columns) - len(row))] for row in rows], columns)
-
-
-def test_a_list_of_volumes_reports_and_questions(tmp_path):
-    path = listed(
-        tmp_path, ["a.nii.gz", "Of a.", "train", "p1", "Which organ?", "Liver", "Kidney", "Liver", "B"],
-        ["a.nii.gz", "", "", "", "What is seen?", "A cyst"], ["more/a.nii.gz", "Of a.", "training", "p1"],
-        ["b.nii.gz", "Of b.", "val", "p2"],
-    )  # fmt: skip
-    assert recognise(path) == "list"
-    found = collect(path, "auto", SourceOptions())
-    assert sources_of(found) == {"p1": ["a", "more_a"], "p2": ["b"]}
-    assert [(case.text, case.split) for case in found.cases] == [("Of a.", "train"), ("Of b.", "validation")]
-    closed, open_ended = found.questions["train"]
-    assert (closed.image, closed.choices, closed.answer_choice) == ("p1/a", ("Kidney", "Liver", "", ""), "B")
-    assert open_ended.choices == ()
-
-
-def test_a_list_with_other_names_and_as_json_lines(tmp_path):
-    listed(tmp_path, ["a.nii.gz"])
-    path = tmp_path / "list.jsonl"
-    path.write_text('{"Datei": "a.nii.gz", "Befund": "Frei."}\n\n{"Datei": "b.nii.gz", "Befund": null}\n')
-    for text in ("text", "report"):
-        cases = collect(path, "list", SourceOptions(columns={"image": "Datei", text: "Befund"})).cases
-        assert [(case.folder, case.text) for case in cases] == [("a", "Frei."), ("b", None)]
-    with pytest.raises(SourceError, match="lacks the column image .*it has Datei, Befund"):
-        collect(path, "list", SourceOptions())
-
-
-@pytest.mark.parametrize("rows, message", [
-    ([["c.nii.gz", "x"]], r"row 1: c\.nii\.gz does not exist"),
-    ([["", "x"]], "row 1: names no image"),
-    ([["a.nii.gz", "x", "holdout"]], "row 1: unknown split 'holdout'"),
-    ([["a.nii.gz", "x", "train", "p1"], ["b.nii.gz", "x", "test", "p1"]], "row 1 and row 2: one case in the splits"),
-    ([["a.nii.gz", "x"], ["a.nii.gz", "y"]], r"row 2: a\.nii\.gz has another text than in row 1"),
-    ([["a.nii.gz", "x", "train", "p", "Which?", ""]], "row 1: a question without an answer"),
-    ([["a.nii.gz", "x", "train", "p", "Which?", "Liver", "Kidney", "Liver", "A"]], "row 1: answer_choice 'A' is not"),
-])  # fmt: skip
-def test_a_list_is_checked_before_anything_is_done(tmp_path, rows, message):
-    with pytest.raises(SourceError, match=message):
-        collect(listed(tmp_path, *rows), "list", SourceOptions())
 
 
 def test_m3d_with_one_case_in_both_folders_keeps_to_one_group(tmp_path):
@@ -286,13 +245,6 @@ def test_nothing_known_says_what_was_looked_for(tmp_path):
         collect(tmp_path, "auto", SourceOptions())
     with pytest.raises(SourceError, match="no such file or folder"):
         collect(tmp_path / "x", "auto", SourceOptions())
-
-
-def test_cases_that_would_share_a_folder_are_refused(tmp_path):
-    for name in ("a b", "a_b"):
-        write_nifti(tmp_path / name / "x" / "scan.nii.gz")
-    with pytest.raises(SourceError, match="a_b/x; rename"):
-        collect(tmp_path, "auto", SourceOptions())
 
 
 def test_splits_are_drawn_by_group_alone_and_in_proportion():

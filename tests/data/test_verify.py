@@ -139,9 +139,18 @@ def test_texts_and_identifiers(tree, capsys):
 
 @pytest.mark.parametrize("kind, harmless, telling", [
     ("date", "ratio 12/5, L3-4-5, 3.5 mm, 45.13.2019", "on 2019-03-12 and 3 March 2019, 1/2/21"),
+    ("date", "in May 2019, segments 2/3/4, marks 4-5-6", "12-MAR-2019"),
+    ("date", "the 12th of 30", "2019-03-12T10:15"),
+    ("date", "12. Woche 2019", "12. März 2019"),
     ("long number", "12345 HU and 0.1234567", "no 1234567"),
+    ("long number", "1.2345678 mm", "Acc.No.1234567."),
+    ("long number", "12-34-56", "123-45-6789"),
     ("telephone number", "+ 3 cm, +12", "call +49 151 2345678"),
+    ("telephone number", "100 200-300", "(555) 123-4567"),
     ("name after a title", "MR angiography, Dr. said", "Mrs. A. Smith"),
+    ("name after a title", "DR Chest, MRS Spectroscopy", "DR. SMITH"),
+    ("name after a title", "Frau geht", "Frau Dr. med. von Özdemir"),
+    ("name after a title", "Dr.", "Dr.O'Neil"),
     ("e-mail address", "lesion @ L3", "a.b@c.org"),
     ("labelled field", "patient: 50 years; accession", "Patient name: x"),
 ])  # fmt: skip
@@ -190,6 +199,37 @@ def test_leaks_between_splits(tree, scans):
     assert page.count("<figure>") == 3
 
 
+def test_cases_of_one_patient_in_two_splits(tree):
+    """Known from patients.csv, as preparation writes it: two cases that share nothing but the patient."""
+    patients = tree / "M3D_Cap_npy" / "patients.csv"
+    rows = [[f"ct_case/{number:06d}", owner] for number, owner in enumerate("aabcdeffgghb")]
+    write_table(patients, rows, ["case", "patient"])  # b: 2 train, 11 test; f: validation; g: test
+    code, results, _ = check(tree)
+    assert code == 1 and results["counts"] == {"patient_leak": 1}
+    [leak] = found(results, "patient_leak")
+    assert leak["file"] == "b" and "test: M3D_Cap_npy/ct_case/000011/" in leak["detail"]
+    assert results["statistics"]["patients"] == 8
+    write_table(patients, [*rows[:2], *([row[0], "z"] for row in rows[7:9])], ["case", "patient"])
+    assert check(tree)[:2][1]["counts"] == {"patient_shared": 1}
+    patients.write_text("a,b\n1,2\n")
+    assert "lacks" in found(check(tree)[1], "manifest")[0]["detail"]
+
+
+def test_labels_are_counted_and_repeated_entries_told(tree):
+    manifest = tree / "M3D_Cap_npy" / "M3D_Cap.json"
+    data = json.loads(manifest.read_text())
+    data["train"].append(data["train"][2])
+    manifest.write_text(json.dumps(data))
+    images = [entry["image"] for entry in data["train"][:3]]
+    rows = [[images[0], "1", "0"], [images[1], "1", ""], [images[2], "0", "2"]]
+    write_table(manifest.with_name("labels.csv"), rows, ["Image Path", "Nodule", "Cyst"])
+    code, results, page = check(tree)
+    assert code == 1 and results["counts"] == {"manifest": 1, "image_repeated": 1}
+    assert results["statistics"]["volumes by label"] == {"Nodule": 2} and "volumes by label" in page
+    assert "Cyst: expected 0, 1" in found(results, "manifest")[0]["detail"]
+    assert found(results, "image_repeated")[0]["detail"] == "listed 2 times in train"
+
+
 def test_warnings_fail_only_when_strict(tmp_path):
     root = write_prepared_tree(tmp_path)  # its validation and test cases are the same
     code, results, _ = check(root)
@@ -214,7 +254,7 @@ def test_the_size_of_preparation_json_is_what_shapes_are_compared_with(tree, sca
     assert check(tree)[0] == 0
 
 
-def test_wrong_arguments(tree, tmp_path, capsys):
+def test_wrong_arguments(tree, tmp_path, capsys, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments in ([empty], [tmp_path / "absent"], [tree / "M3D_Cap_npy" / "M3D_Cap.json"],
@@ -222,7 +262,9 @@ def test_wrong_arguments(tree, tmp_path, capsys):
         assert verify.main([str(argument) for argument in arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(verify.Verification, "run", lambda self: pytest.fail("hours of reading for nothing"))
     assert verify.main([str(tree), "--output", str(tmp_path / "file" / "x")]) == 2
+    monkeypatch.undo()
     for flags in (["--num_workers", "0"], ["--size", "1", "2", "0"], []):
         with pytest.raises(SystemExit) as stopped:
             verify.main([str(tree), *flags] if flags else [])
@@ -237,7 +279,7 @@ def test_wrong_arguments(tree, tmp_path, capsys):
 ])  # fmt: skip
 def test_a_broken_manifest_is_a_finding(tree, content):
     (tree / "M3D_Cap_npy" / "M3D_Cap.json").write_text(content)
-    (tree / "M3D-VQA" / "M3D_VQA_val.csv").write_text("a,b\n1,2\n")
+    (tree / "M3D-VQA" / "M3D_VQA_val.csv").write_text("a,Is Secret well?\n1,2\n")  # no header but a question
     code, results, _ = check(tree)
     assert code == 1 and len(found(results, "manifest")) == 2
     assert "Secret" not in json.dumps(results)
@@ -267,7 +309,7 @@ def test_names_are_escaped_on_the_page_and_nothing_is_loaded(tree, scans):
     assert tags.links and all(link.startswith("data:image/png;base64,") for link in tags.links)
 
 
-def test_alternating_slices_are_seen_through_the_resize(scans):
+def test_slices_out_of_order_are_seen_through_the_resize(scans):
     def resized(scan, depth):
         scan = torch.from_numpy(scan.astype(np.float32))[None, None]
         return torch.nn.functional.interpolate(scan, (depth, 72, 72), mode="trilinear")[0, 0].numpy()
@@ -279,6 +321,9 @@ def test_alternating_slices_are_seen_through_the_resize(scans):
             alternating[0::2], alternating[1::2] = ordered[: slices // 2], ordered[slices // 2 :]
             assert not out_of_order(resized(ordered, 128))
             assert out_of_order(resized(alternating, 128))
+            shuffled, thirds = np.random.default_rng(0).permutation(slices), np.argsort(np.arange(slices) % 3)
+            for order in (shuffled, thirds):
+                assert out_of_order(ordered[order]) and out_of_order(resized(ordered[order], 128))
         assert repeated_slices(resized(scan, 300)) == 0  # the ends of an enlarged volume repeat
     assert not out_of_order(np.random.default_rng(0).random((40, 20, 20), np.float32))
 

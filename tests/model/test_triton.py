@@ -1,6 +1,8 @@
 """The Triton kernels equal the plain layers: in Triton's interpreter, or on a GPU where there is one."""
 
 import copy
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -8,22 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.nn import functional as F
 
+from med3dvlm.model.dcformer import VARIANTS, DCFormer
+from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
+from tests.helpers.triton_device import DEVICE, EXACT, TOLERANCE, assert_close
+
+from med3dvlm.model.fused import triton_encoder, triton_feed_forward, triton_sums  # isort: skip
+from med3dvlm.model.fused import triton_kernels as kernels  # isort: skip
+from med3dvlm.model.fused.triton_sums import NormalisedSum, Tile  # isort: skip
+
 ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before the import: Triton decides there
-
-pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these tests on a CPU)")
-
-from med3dvlm.model.dcformer import VARIANTS, DCFormer  # noqa: E402
-from med3dvlm.model.fused import triton_encoder, triton_sums  # noqa: E402
-from med3dvlm.model.fused.triton_sums import NormalisedSum, Tile  # noqa: E402
-from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume  # noqa: E402
-
-# Products of the GPU's float64 tensor cores are not what these kernels are for.
-EXACT, TOLERANCE = (torch.float64, 1e-10) if DEVICE == "cpu" else (torch.float32, 1e-4)
+MAP_NORESERVE = 0x4000  # of Linux; in mmap from Python 3.13
 SMALL, WHOLE = Tile(2, 2, 4, 16, 4), Tile(2, 8, 8, 256, 4)  # the second one covers what an encoder test needs
 
 # [B, D, H, W], kernel, channels. Axes shorter than the kernel, of one position, cut by tiles with something left over.
@@ -35,9 +34,17 @@ DENSE = [((1, 3, 2, 3), 3, (20, 18)), ((2, 1, 1, 2), 3, (16, 5)), ((2, 1, 1, 1),
 CASES = [pytest.param(*case, id=f"{case[0]} {case[1]} {case[2]}") for case in DEPTH_WISE + DENSE]
 
 
+def use_tile(monkeypatch, tile):
+    """In the interpreter; a GPU chooses for itself."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_sums, "TILES", {"depth-wise": [tile], "dense": [tile]})
+        monkeypatch.setattr(triton_feed_forward, "WAYS", [triton_feed_forward.Tile(32, 64, 4, 2)])
+        monkeypatch.setattr(triton_sums, "PROGRAMS", 12)  # several tiles in each
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(triton_sums, "INTERPRETED", SMALL)
+    use_tile(monkeypatch, SMALL)
 
 
 def layer_of(shape, kernel, channels, dtype=EXACT):
@@ -72,11 +79,6 @@ def plain_sum(x, taps, weight, shift):
 
 def as_double(tensors):
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
-
-
-def assert_close(found, expected, tolerance=TOLERANCE):
-    for one, other in zip(found, expected, strict=True):
-        assert (one.double() - other.double()).norm() <= tolerance * (other.double().norm() + 1e-6)
 
 
 @pytest.mark.parametrize("shape, kernel, channels", CASES)
@@ -149,10 +151,11 @@ def encoder_of(name):
     "name", ["phantom", "nano", *(pytest.param(n, marks=pytest.mark.slow) for n in list(VARIANTS)[1:-1])]
 )
 def test_inference_equals_the_plain_path(name, monkeypatch):
-    monkeypatch.setattr(triton_sums, "INTERPRETED", WHOLE)
-    encoder, volume = encoder_of(name), rule_volume("fused", (2, 1, 7, 22, 19)).to(DEVICE)
+    use_tile(monkeypatch, WHOLE)
+    encoder = encoder_of(name)
+    volume = rule_volume("fused", (2, 1, 7, 19, 22)).to(DEVICE).transpose(3, 4)  # [2, 1, 7, 22, 19], not contiguous
     with torch.no_grad():
-        for dtype, tolerance in ((EXACT, TOLERANCE), (torch.bfloat16, 2e-2)):
+        for dtype, tolerance in ((EXACT, TOLERANCE), (torch.bfloat16, 3e-2)):  # the interpreter cuts off, not rounds
             expected = copy.deepcopy(encoder).to(EXACT)._plain(volume.to(EXACT))
             found = triton_encoder.FoldedEncoder(encoder, dtype)(volume)
             assert all(state.dtype == dtype for state in found)
@@ -164,9 +167,10 @@ def without_gradient(name):
     return name.split(".")[-3:] in [[f"c{i}", "0", "bias"] for i in (1, 2, 3)]
 
 
-def test_training_equals_the_plain_path(monkeypatch):
-    monkeypatch.setattr(triton_sums, "INTERPRETED", WHOLE)
-    fast, plain = (encoder_of("phantom").to(EXACT).train() for _ in range(2))
+@pytest.mark.parametrize("name", ["phantom", pytest.param("nano", marks=pytest.mark.slow)])
+def test_training_equals_the_plain_path(name, monkeypatch):
+    use_tile(monkeypatch, WHOLE)
+    fast, plain = (encoder_of(name).to(EXACT).train() for _ in range(2))
     volume = rule_volume("fused", (2, 1, 8, 12, 18)).to(DEVICE, EXACT)
     inputs = [volume.clone().requires_grad_() for _ in range(2)]
     states = triton_encoder.encode(fast, EXACT, inputs[0]), plain._plain(inputs[1])
@@ -187,7 +191,7 @@ def test_training_equals_the_plain_path(monkeypatch):
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_training_returns_the_plain_dtypes(weights, monkeypatch):
-    monkeypatch.setattr(triton_sums, "INTERPRETED", WHOLE)
+    use_tile(monkeypatch, WHOLE)
     encoder = encoder_of("phantom").to(weights).train()
     volume = torch.rand(2, 1, 4, 4, 4, device=DEVICE).to(weights)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -197,32 +201,41 @@ def test_training_returns_the_plain_dtypes(weights, monkeypatch):
     assert all(parameter.grad.dtype == weights for parameter in encoder.parameters())
 
 
-def test_the_fastest_tile_that_fits_is_taken(monkeypatch):
-    tiles = [Tile(2, 2, 2, 16, warps) for warps in (1, 2, 4)]
-    timed = []
-
-    def time(call, **_):
-        call()
-        if timed[-1].warps == 1:
-            raise triton_sums.OutOfResources(300_000, 200_000, "shared memory")
-        return {2: 0.5, 4: 0.7}[timed[-1].warps]
-
-    monkeypatch.setattr(triton_sums.triton.testing, "do_bench", time)
-    assert triton_sums.fastest(tiles, timed.append) == tiles[1]
-    assert timed == tiles
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    leaves, dy = layer_of((1, 1, 2, 3), 3, 2)
+    expected = torch.autograd.grad(NormalisedSum.apply(*leaves)[0], leaves, dy)
+    again = [leaf.detach().requires_grad_() for leaf in leaves]
+    torch.utils.checkpoint.checkpoint(NormalisedSum.apply, *again, use_reentrant=reentrant)[0].backward(dy)
+    assert_close([leaf.grad for leaf in again], expected)
 
 
-@pytest.mark.slow
-def test_point_wise_parts_compile():
-    """What a GPU runs compiled, compiled for this device."""
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 3, 4, 5, 8, device=DEVICE, requires_grad=True), torch.randn(2, 3, 4, 5, 8, device=DEVICE)
-    mlp = [torch.randn(*shape, device=DEVICE) for shape in ((16, 8), (16,), (8, 16), (8,))]
-    expected = triton_encoder.feed_forward(x, y, *mlp)
-    torch.testing.assert_close(triton_encoder._compiled(triton_encoder.feed_forward)(x, y, *mlp), expected)
-    volume = torch.rand(2, 1, 9, 10, 11, device=DEVICE)
-    columns = triton_encoder.stem.columns
-    torch.testing.assert_close(triton_encoder._compiled(columns)(volume, torch.float32), columns(volume, torch.float32))
+def without_memory(dtype, *sizes):
+    """Zeros, as many as can be addressed: only pages that are touched exist."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, math.prod(sizes) * dtype.itemsize, flags=flags), dtype=dtype).view(sizes)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or sys.platform != "linux", reason="needs memory that is promised but not there")
+def test_samples_beyond_32_bit_addresses():
+    """9 samples of 2^28 values, of which the last one starts at 2^31; 16 channels of each are computed."""
+    samples, channels = 9, 2**28
+    grid_and_width = (1, 1, 1, channels, channels)
+    constants = {"BI": 0, "BD": 1, "BH": 1, "BW": 1, "BC": 16, "K": 1, **triton_sums.kernel_types(torch.empty(0))}
+    x, y = (without_memory(torch.float16, samples, channels) for _ in range(2))
+    x[:, :16] = torch.arange(samples * 16).view(samples, 16)
+    taps, bias = without_memory(torch.float32, 3, channels), torch.ones(16)
+    taps[:, :16] = 2
+    kernels.sum_kernel[samples, 1](x, x, x, taps, bias, y, *grid_and_width, CENTRES=False, **constants)
+    assert y[:, :16].equal(2 * x[:, :16] + 1)
+    dz = without_memory(torch.float16, 3, samples, channels)
+    factors = without_memory(torch.float32, 3, 3, channels)
+    factors[:, 0, :16], factors[:, 1, :16] = torch.tensor([[[1.0], [2.0], [3.0]], [[0.5], [0.25], [1.0]]])
+    partial = without_memory(torch.float32, 1, 3, channels)
+    arguments = (x, y, taps, factors, dz, partial, samples, samples)
+    kernels.branch_gradient_kernel[3, 1, 1](*arguments, *grid_and_width, KP=1, **constants)
+    expected = factors[:, :1, :16] * y[:, :16].float() + factors[:, 1:2, :16] * 2 * x[:, :16].float()
+    assert_close([dz[..., :16], partial[0, :, :16]], [expected, (expected * x[:, :16].float()).sum(1)], 1e-3)
 
 
 @pytest.mark.slow
@@ -234,7 +247,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 36  # 9 kernels, 2 dtypes, sizes open or 1
+    assert len(done.stdout.splitlines()) == 40  # 10 kernels, 2 dtypes, sizes open or 1
 
 
 @pytest.mark.gpu
@@ -245,9 +258,9 @@ def test_published_size_on_a_gpu(name):
     volume = rule_volume("fused", (2, 1, 128, 256, 256)).to("cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         found = fast(volume)
-    assert fast.fused_cache is not None, "the plain path was taken"
+    assert fast.fused_cache, "the plain path was taken"
     with torch.no_grad():
-        assert_close(found, plain(volume), 2e-2)
+        assert_close(found, plain(volume), 3e-2)
     losses = []
     for encoder in (fast.train(), plain.train()):
         with torch.autocast("cuda", torch.bfloat16, enabled=encoder is fast):

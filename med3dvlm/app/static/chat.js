@@ -81,7 +81,7 @@ async function save() {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(viewer.pictures()),
   });
-  if (!answer.ok) return viewer.error(await answer.text());
+  if (!answer.ok) return viewer.opening.error(await answer.text());
   const link = document.createElement("a");
   link.href = URL.createObjectURL(await answer.blob());
   link.download = "med3dvlm-conversation.html";

@@ -1,13 +1,18 @@
-/* One plane of the scan on a canvas: spacing-true, with crosshair, orientation letters and a slider. */
+/* One plane of the scan on a canvas: spacing-true, with crosshair, orientation letters, a slider and zoom. */
 
+import { listen } from "./gestures.js";
 import { PLANES } from "./volume.js";
+import { Zoom } from "./zoom.js";
 
 const COLOURS = { axial: "#ff6b5e", coronal: "#52c77a", sagittal: "#f2c14e" };
 const GAP = 9; // pixels left free around the crosshair's centre, so that it hides nothing
+const LETTER = 24; // pixels that an orientation letter needs beside the plane
+const EXPORTED = 512; // pixels along the longer side
 
 const MARKUP = (name) => `
   <header>
     <i class="swatch" style="background:${COLOURS[name]}"></i><h2></h2><output></output>
+    <button type="button" class="zoom quiet" title="Show all of the plane (key 0)" hidden></button>
     <button type="button" class="enlarge quiet" title="Enlarge (double click)"></button>
   </header>
   <div class="stage">
@@ -17,12 +22,13 @@ const MARKUP = (name) => `
   <input type="range" min="1" max="1" value="1" disabled>`;
 
 export class PlaneView {
-  /* handlers: move(voxel) for a new crosshair, step(plane, slices), window(dx, dy) for a drag of the grey scale,
+  /* handlers: move(voxel) for a new crosshair, step(plane, slices), window([dx, dy]) for a drag of the grey scale,
      enlarge(plane), active(plane). */
   constructor(section, name, handlers) {
     this.name = name;
     this.plane = PLANES[name];
     this.handlers = handlers;
+    this.zoom = new Zoom();
     section.innerHTML = MARKUP(name);
     const find = (selector) => section.querySelector(selector);
     this.title = find("h2");
@@ -31,55 +37,61 @@ export class PlaneView {
     this.canvas = find("canvas");
     this.slider = find("input");
     this.enlarge = find(".enlarge");
+    this.zoomed = find(".zoom");
     this.letters = [...section.querySelectorAll(".letter")];
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.stage);
   }
 
   listen() {
-    const { canvas, handlers, name } = this;
+    const { handlers, name } = this;
     this.slider.addEventListener("input", () => {
       handlers.active(name);
-      const voxel = [...this.voxel];
-      voxel[this.plane.along] = Number(this.slider.value) - 1;
-      handlers.move(voxel);
+      this.moveTo({ [this.plane.along]: Number(this.slider.value) - 1 });
     });
     this.enlarge.addEventListener("click", () => handlers.enlarge(name));
-    canvas.addEventListener("dblclick", () => handlers.enlarge(name));
-    canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    canvas.addEventListener("focus", () => handlers.active(name));
-    canvas.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      handlers.active(name);
-      handlers.step(name, Math.sign(event.deltaY));
-    }, { passive: false });
-    canvas.addEventListener("pointerdown", (event) => {
-      if (!this.scan) return;
-      handlers.active(name);
-      canvas.setPointerCapture(event.pointerId);
-      this.drag = event.button === 2 || event.shiftKey ? "window" : "cross";
-      if (this.drag === "cross") this.point(event);
+    this.zoomed.addEventListener("click", () => this.showAll());
+    listen(this.canvas, {
+      active: () => handlers.active(name),
+      step: (slices) => handlers.step(name, slices),
+      enlarge: () => handlers.enlarge(name),
+      window: handlers.window,
+      point: (place) => this.point(place),
+      pan: (moved) => this.pan(moved),
+      zoom: (factor, place) => this.zoomBy(factor, place),
     });
-    canvas.addEventListener("pointermove", (event) => {
-      if (this.drag === "cross") this.point(event);
-      else if (this.drag === "window") handlers.window(event.movementX, event.movementY);
-    });
-    for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (this.drag = null));
   }
 
-  /* Moves the crosshair to where the pointer is. */
-  point(event) {
+  /* changed: the new index along some axes. */
+  moveTo(changed) {
+    this.handlers.move(Object.assign([...this.voxel], changed));
+  }
+
+  /* Moves the crosshair to a place on the canvas. */
+  point([x, y]) {
     const { left, top, width, height } = this.frame;
-    const box = this.canvas.getBoundingClientRect();
     const { across, down } = this.plane;
-    const place = (fraction, axis) => {
+    const index = (fraction, axis) => {
       const count = this.scan.size[axis];
       return Math.min(count - 1, Math.max(0, Math.floor(fraction * count)));
     };
-    const voxel = [...this.voxel];
-    voxel[across] = place((event.clientX - box.left - left) / width, across);
-    voxel[down] = place((event.clientY - box.top - top) / height, down);
-    this.handlers.move(voxel);
+    this.moveTo({ [across]: index((x - left) / width, across), [down]: index((y - top) / height, down) });
+  }
+
+  /* place: what stays where it is; the middle of the stage where it is not given. */
+  zoomBy(factor, place = [this.stage.clientWidth / 2, this.stage.clientHeight / 2]) {
+    this.zoom.by(factor, place, this.frame);
+    this.draw();
+  }
+
+  pan(moved) {
+    this.zoom.pan(moved, this.frame);
+    this.draw();
+  }
+
+  showAll() {
+    this.zoom.reset();
+    this.draw();
   }
 
   /* oriented: whether the anatomy is known; letters that would be guesses are not drawn. */
@@ -111,14 +123,13 @@ export class PlaneView {
     this.draw();
   }
 
-  /* Where the plane lies on the canvas, in CSS pixels: as large as fits, true to the spacing. */
+  /* [width, height] of the plane that fills a stage: as large as fits, true to the spacing. */
   fit(stageWidth, stageHeight) {
     const { across, down } = this.plane;
     const wide = this.scan.size[across] * this.scan.spacing[across];
     const high = this.scan.size[down] * this.scan.spacing[down];
     const scale = Math.min(stageWidth / wide, stageHeight / high);
-    const width = wide * scale, height = high * scale;
-    return { left: (stageWidth - width) / 2, top: (stageHeight - height) / 2, width, height };
+    return [wide * scale, high * scale];
   }
 
   draw() {
@@ -129,15 +140,23 @@ export class PlaneView {
     this.canvas.height = Math.round(clientHeight * ratio);
     const context = this.canvas.getContext("2d");
     context.scale(ratio, ratio);
-    this.frame = this.fit(clientWidth, clientHeight);
+    this.frame = this.zoom.frame(this.fit(clientWidth, clientHeight), [clientWidth, clientHeight]);
     this.paint(context, this.frame);
     this.cross(context, this.frame);
+    this.zoomed.hidden = this.zoom.factor === 1;
+    this.zoomed.textContent = `${Math.round(this.zoom.factor * 100)} %`;
+    this.letter(clientWidth, clientHeight);
+  }
+
+  /* The letters stand beside what is visible of the plane, or at its edges where there is no room beside it. */
+  letter(stageWidth, stageHeight) {
     const { left, top, width, height } = this.frame;
+    const beside = (room) => `${room < LETTER ? Math.max(0, room) + 4 : room - LETTER}px`;
     const [l, r, t, b] = this.letters.map((element) => element.style);
-    l.left = `${left + 6}px`;
-    r.right = `${clientWidth - left - width + 6}px`;
-    t.top = `${top + 4}px`;
-    b.bottom = `${clientHeight - top - height + 4}px`;
+    l.left = beside(left);
+    r.right = beside(stageWidth - left - width);
+    t.top = beside(top);
+    b.bottom = beside(stageHeight - top - height);
   }
 
   paint(context, { left, top, width, height }) {
@@ -170,16 +189,21 @@ export class PlaneView {
     context.globalAlpha = 1;
   }
 
-  /* A PNG of the plane as it is shown, as a data URL: 512 pixels along its longer side. */
+  /* A PNG of the whole plane with its crosshair and its letters around it, as a data URL. */
   picture() {
-    const frame = this.fit(512, 512);
+    const [width, height] = this.fit(EXPORTED, EXPORTED);
     const canvas = document.createElement("canvas");
-    canvas.width = Math.round(frame.width);
-    canvas.height = Math.round(frame.height);
-    const whole = { ...frame, left: 0, top: 0 };
-    const context = canvas.getContext("2d");
+    canvas.width = Math.round(width) + 2 * LETTER;
+    canvas.height = Math.round(height) + 2 * LETTER;
+    const context = canvas.getContext("2d"), whole = { left: LETTER, top: LETTER, width, height };
+    context.fillRect(0, 0, canvas.width, canvas.height);
     this.paint(context, whole);
     this.cross(context, whole);
+    const right = canvas.width - LETTER / 2, bottom = canvas.height - LETTER / 2;
+    const middle = [canvas.width / 2, canvas.height / 2];
+    const places = [[LETTER / 2, middle[1]], [right, middle[1]], [middle[0], LETTER / 2], [middle[0], bottom]];
+    Object.assign(context, { fillStyle: "#fff", font: "600 15px sans-serif", textAlign: "center", textBaseline: "middle" });
+    this.letters.forEach((element, side) => context.fillText(element.textContent, ...places[side]));
     return canvas.toDataURL("image/png");
   }
 }

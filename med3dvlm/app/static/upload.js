@@ -1,9 +1,11 @@
 /* Sends files to the session's folder on the server: one request a file, with progress, to be cancelled at any time. */
 
-/* The files of a drop, those inside folders included. */
+const hidden = (path) => path.split("/").some((part) => part.startsWith(".")); // .DS_Store and the like
+
+/* The files of a drop, those inside folders included: pairs of the path inside the drop, and the file. */
 export async function droppedFiles(transfer) {
-  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
-  if (!entries.some((entry) => entry.isDirectory)) return [...transfer.files];
+  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (!entries.some((entry) => entry.isDirectory)) return [...transfer.files].map((file) => [file.name, file]);
   const files = [];
   for (const entry of entries) await collect(entry, files);
   return files;
@@ -11,7 +13,7 @@ export async function droppedFiles(transfer) {
 
 async function collect(entry, files) {
   if (entry.isFile) {
-    files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+    files.push([entry.fullPath.slice(1), await new Promise((resolve, reject) => entry.file(resolve, reject))]);
     return;
   }
   const reader = entry.createReader();
@@ -22,17 +24,20 @@ async function collect(entry, files) {
   }
 }
 
-/* progress(fraction) is called on the way; signal is an AbortSignal. Throws an Error whose message is for the user. */
-export async function upload(files, url, limit, progress, signal) {
-  const total = files.reduce((sum, file) => sum + file.size, 0);
-  if (!total) throw new Error("There is nothing to read: the file is empty.");
+/* chosen: pairs of a path and a file. progress(fraction) is called on the way; signal is an AbortSignal. Throws an
+   Error whose message is for the user, or an AbortError. */
+export async function upload(chosen, url, limit, progress, signal) {
+  const files = chosen.filter(([path]) => !path.includes("/") || !hidden(path));
+  const total = files.reduce((sum, [, file]) => sum + file.size, 0);
+  if (!total) throw new Error("There is nothing to read: what was chosen is empty.");
   if (total > limit) {
     const gigabytes = (bytes) => (bytes / 1e9).toFixed(bytes < 1e8 ? 3 : 1);
     throw new Error(`Too large: ${gigabytes(total)} GB, at most ${gigabytes(limit)} GB can be opened.`);
   }
   let sent = 0;
-  for (const file of files) {
-    await send(file, `${url}?name=${encodeURIComponent(file.name)}`, (loaded) => progress((sent + loaded) / total), signal);
+  for (const [path, file] of files) {
+    signal.throwIfAborted();
+    await send(file, `${url}?name=${encodeURIComponent(path)}`, (loaded) => progress((sent + loaded) / total), signal);
     sent += file.size;
   }
 }

@@ -1,59 +1,42 @@
-/* The viewer: opens scans, shows them in three linked planes and as a rendered volume, keeps crosshair and window.
+/* The viewer: three linked planes and a rendered volume of the opened scan, with one crosshair and one grey scale.
 
-   Python gives `props.value` = {session, limit, examples, number, scan, error} (see `med3dvlm.app.page`); the viewer
-   answers with the events "upload" {batch}, "select" {example} and "input" {series}. Everything shown as text is set
-   as text, never as HTML. */
+   Python gives `props.value` = {session, limit, examples, number, scan, error, remedies} (see `med3dvlm.app.page`);
+   what the viewer asks Python for, `Opening` does. Everything shown as text is set as text, never as HTML. */
 
+import { Opening } from "./opening.js";
 import { PlaneView } from "./planes.js";
 import { Rendering } from "./rendering.js";
-import { droppedFiles, upload } from "./upload.js";
 import { PLANES, fetchScan } from "./volume.js";
 import { presetsOf } from "./windows.js";
 
-const KEYS =
-  "Keys: arrows move through the slices of the plane used last (with Shift by 10), W changes the window, Escape shows " +
-  "all views. Right mouse button: drag for window and level.";
+const HELP = [
+  "Mouse: click or drag for the crosshair, wheel through the slices, right button for window and level; Ctrl and wheel " +
+    "to zoom, Shift and drag to move the zoomed plane, double click to enlarge it",
+  "Keys: arrows through the slices of the plane used last (with Shift by 10), W the next window, + and - to zoom, 0 to " +
+    "show all of it, Escape for all views",
+];
 
 export class Viewer {
   constructor(element, trigger) {
     this.element = element;
-    this.trigger = trigger;
     this.find = (selector) => element.querySelector(selector);
-    this.active = "axial";
-    this.batch = 0;
-    this.begun = new Promise((resolve) => (this.begin = resolve)); // files may be chosen before the session is there
+    this.opening = new Opening(element, trigger);
     const handlers = {
       move: (voxel) => this.move(voxel),
       step: (plane, slices) => this.step(plane, slices),
-      window: (dx, dy) => this.dragWindow(dx, dy),
+      window: (moved) => this.dragWindow(moved),
       enlarge: (plane) => this.toggle(plane),
-      active: (plane) => (this.active = plane),
+      active: (plane) => this.activate(plane),
     };
     this.planes = Object.keys(PLANES).map((name) => new PlaneView(this.find(`[data-view=${name}]`), name, handlers));
     this.rendering = new Rendering(this.find("[data-view=volume]"));
     this.listen();
+    this.activate("axial");
     this.focus(matchMedia("(max-width: 900px)").matches ? "axial" : "");
   }
 
   listen() {
     const { find, element } = this;
-    const files = find(".files");
-    for (const button of element.querySelectorAll(".open")) button.addEventListener("click", () => files.click());
-    const chosen = () => {
-      if (files.files.length) this.upload([...files.files]);
-      files.value = "";
-    };
-    files.addEventListener("change", chosen);
-    chosen(); // somebody may have been faster than this module
-    for (const type of ["dragover", "drop", "dragleave"]) {
-      document.addEventListener(type, (event) => {
-        event.preventDefault(); // a browser would leave the page for a file dropped beside
-        element.classList.toggle("dragged", type === "dragover");
-        if (type === "drop") droppedFiles(event.dataTransfer).then((dropped) => dropped.length && this.upload(dropped));
-      });
-    }
-    find(".cancel").addEventListener("click", () => this.sending?.abort());
-    find(".series select").addEventListener("change", (event) => this.ask("input", { series: event.target.value }));
     find(".source").addEventListener("change", (event) => this.show(event.target.value));
     find(".preset").addEventListener("change", (event) => this.preset(event.target.value));
     for (const name of [".level", ".width"]) find(name).addEventListener("change", () => this.typedWindow());
@@ -64,67 +47,20 @@ export class Viewer {
     document.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /* ---------------------------------------------------------------- scans in and out */
+  /* ---------------------------------------------------------------- the scan */
 
   /* What Python has to say. */
   receive(value) {
     if (!value) return;
     this.state = value;
-    this.begin();
-    this.busy("");
-    this.error(value.error);
-    this.offerExamples(value.examples);
+    this.opening.receive(value);
     if (!value.scan || value.scan.number === this.number) return;
     this.number = value.scan.number;
     this.scans = {};
-    this.offerSeries(value.scan);
     this.tell(value.scan);
     this.find(".source input").checked = true;
+    for (const plane of this.planes) plane.zoom.reset();
     this.show("scan");
-  }
-
-  async upload(files) {
-    this.sending?.abort();
-    const sending = (this.sending = new AbortController());
-    const batch = ++this.batch;
-    this.error("");
-    try {
-      this.busy("Sending", 0);
-      await this.begun;
-      const url = `med3dvlm/upload/${this.state.session}/${batch}`;
-      await upload(files, url, this.state.limit, (part) => this.busy("Sending", part), sending.signal);
-      this.ask("upload", { batch });
-    } catch (error) {
-      if (this.sending !== sending) return; // another upload has taken over
-      this.busy("");
-      this.error(error.name === "AbortError" ? "" : error.message);
-    }
-  }
-
-  /* Asks Python to open something; it answers through `receive`. */
-  ask(event, data) {
-    this.error("");
-    this.busy("Reading the scan");
-    this.trigger(event, data);
-  }
-
-  offerExamples(names) {
-    const box = this.find(".examples");
-    if (!names.length || !box.hidden) return;
-    box.hidden = false;
-    names.forEach((name, example) => {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.textContent = name;
-      button.addEventListener("click", () => this.ask("select", { example }));
-      box.append(button);
-    });
-  }
-
-  offerSeries(scan) {
-    const select = this.find(".series select");
-    this.find(".series").hidden = scan.series.length < 2;
-    select.replaceChildren(...scan.series.map(({ value, label }) => new Option(label, value, false, value === scan.chosen)));
   }
 
   tell(scan) {
@@ -132,10 +68,11 @@ export class Viewer {
     this.find(".facts .about").textContent = scan.about;
     const notes = this.find(".notes");
     notes.hidden = false;
+    notes.open = false;
     notes.classList.toggle("warned", scan.warnings.length > 0);
     const count = scan.warnings.length;
     notes.querySelector("summary").textContent = count ? `${count} warning${count > 1 ? "s" : ""}` : "About";
-    const items = [...scan.warnings, `Preprocessing: ${scan.preprocessing}`, KEYS].map((text) => {
+    const items = [...scan.warnings, `Preprocessing: ${scan.preprocessing}`, ...HELP].map((text) => {
       const item = document.createElement("li");
       item.textContent = text;
       return item;
@@ -147,12 +84,12 @@ export class Viewer {
   async show(which) {
     const { scan } = this.state;
     try {
-      this.busy("Fetching the scan");
+      this.opening.busy("Fetching the scan");
       this.scans[which] ??= await fetchScan(`med3dvlm/volume/${this.state.session}/${which}?${scan.number}`);
     } catch (error) {
-      return this.error(error.message);
+      return this.opening.error(error.message);
     } finally {
-      this.busy("");
+      this.opening.busy("");
     }
     if (this.number !== scan.number) return; // another scan was opened meanwhile
     this.which = which;
@@ -209,7 +146,7 @@ export class Viewer {
     this.window(level, width);
   }
 
-  dragWindow(dx, dy) {
+  dragWindow([dx, dy]) {
     const step = this.presets["Full range"][1] / 1000;
     this.find(".preset").value = "Own";
     this.window(this.level - dy * step, Math.max(step, this.width + dx * step));
@@ -223,7 +160,7 @@ export class Viewer {
     this.find(".width").value = width.toFixed(digits);
     this.table = this.scan.greyTable(level, width);
     if (this.scan.voxel) this.move(this.scan.voxel);
-    this.rendering.window(level, width);
+    this.rendering.window(level - width / 2, level + width / 2);
   }
 
   /* ---------------------------------------------------------------- layout and keyboard */
@@ -231,11 +168,16 @@ export class Viewer {
   /* view: the one that fills the viewer, or "" for all. */
   focus(view) {
     this.element.dataset.focus = view;
-    if (view in PLANES) this.active = view;
+    if (view in PLANES) this.activate(view);
     for (const tab of this.element.querySelectorAll(".tabs button")) {
       tab.setAttribute("aria-pressed", tab.dataset.focus === view);
     }
     this.drawVolume();
+  }
+
+  /* The plane that the keys act on. */
+  activate(plane) {
+    this.element.dataset.active = plane;
   }
 
   toggle(view) {
@@ -243,41 +185,32 @@ export class Viewer {
   }
 
   drawVolume() {
-    if (this.scan) this.rendering.show(this.scan, this.scan.voxel, this.level, this.width);
+    if (this.scan) this.rendering.show(this.scan);
   }
 
   key(event) {
     const typing = event.target.matches("textarea, select, input:not([type=range]):not([type=radio]), [contenteditable]");
     if (!this.scan || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { active } = this.element.dataset;
+    const plane = this.planes.find(({ name }) => name === active);
     const slices = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
+    const zoom = { "+": 1.25, "=": 1.25, "-": 0.8 }[event.key];
     if (slices && !event.target.matches("input, [role=slider], summary")) {
       event.preventDefault();
-      this.step(this.active, slices * (event.shiftKey ? 10 : 1));
+      this.step(active, slices * (event.shiftKey ? 10 : 1));
     } else if (event.key.toLowerCase() === "w") {
       const names = Object.keys(this.presets);
       const next = names.indexOf(this.find(".preset").value) + (event.shiftKey ? names.length - 1 : 1);
       this.preset(names[next % names.length]);
+    } else if (zoom) {
+      plane.zoomBy(zoom);
+    } else if (event.key === "0") {
+      for (const each of this.planes) each.showAll();
     } else if (event.key === "Escape") {
+      this.find(".notes").open = false;
+      this.opening.error("");
       this.focus("");
     }
-  }
-
-  /* ---------------------------------------------------------------- messages */
-
-  error(text) {
-    this.find(".error").hidden = !text;
-    this.find(".error").textContent = text || "";
-  }
-
-  /* text "": nothing is under way. part: how much of it is done, where that is known. */
-  busy(text, part) {
-    const box = this.find(".busy");
-    box.hidden = !text;
-    box.querySelector("p").textContent = text;
-    box.querySelector(".cancel").hidden = part === undefined;
-    const bar = box.querySelector("progress");
-    if (part === undefined) bar.removeAttribute("value");
-    else bar.value = part;
   }
 
   /* For the export: the planes as they are shown now. */

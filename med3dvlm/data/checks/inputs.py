@@ -1,18 +1,21 @@
 """What there is to check: the manifest, the tables of questions, and the files that they name."""
 
+import argparse
+import csv
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from med3dvlm.data.checks.findings import Finding
-from med3dvlm.data.manifest import ManifestError, VQARecord, read_caption_manifest, read_vqa_csv
+from med3dvlm.data.manifest import PATH_COLUMN, ManifestError, VQARecord, read_caption_manifest, read_vqa_csv
 from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.data.profile import PREPARATION_FILE, read_preparation
 
 MANIFEST = "M3D_Cap.json"
 PREPARED_FOLDER, TABLES = "M3D_Cap_npy", "M3D_VQA_*.csv"
+PATIENTS, LABELS = "patients.csv", "labels.csv"  # beside the manifest, where preparation knew them
 _SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
@@ -26,7 +29,8 @@ class Inputs:
 
     root: the folder that paths are relative to. manifest: M3D_Cap.json, None where there are tables only.
     splits_of: image -> names of its splits, empty for one that only tables without a split in their name hold.
-    text_of: image -> its report. questions: table -> its rows. findings: about manifest and tables themselves.
+    text_of: image -> its report. questions: table -> its rows. patient_of: image -> patient, where that is known.
+    labels: label -> number of volumes that have it. findings: about manifest and tables themselves.
     Images, reports and tables are named by their path relative to the root, where they lie below it.
     """
 
@@ -35,6 +39,8 @@ class Inputs:
     splits_of: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     text_of: dict[str, str] = field(default_factory=dict)
     questions: dict[str, list[VQARecord]] = field(default_factory=dict)
+    patient_of: dict[str, str] = field(default_factory=dict)
+    labels: Counter = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
 
     def name(self, path) -> str:
@@ -49,6 +55,14 @@ class Inputs:
         """How many `.nii.gz` files beside the manifest neither it nor a table names; they are not checked."""
         files = self.manifest.parent.rglob("*.nii.gz") if self.manifest else ()
         return sum(self.name(path) not in self.splits_of for path in files)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what `find_inputs` is to find."""
+    parser.add_argument("folder", metavar="DIR", help="prepared folder, or the data root that holds it and M3D-VQA")
+    parser.add_argument("--manifest", help="M3D_Cap.json, where it is not in DIR or a folder of DIR")
+    parser.add_argument("--tables", nargs="*", help="tables of questions, where they are not in DIR or M3D-VQA")
+    parser.add_argument("--data_root", help="what paths are relative to (default: where the first images are found)")
 
 
 def find_inputs(folder, manifest=None, tables=None, data_root=None) -> Inputs:
@@ -81,6 +95,9 @@ def find_inputs(folder, manifest=None, tables=None, data_root=None) -> Inputs:
         _read_manifest(inputs)
     for table in tables:
         _read_table(inputs, Path(table).absolute())
+    if manifest:
+        _read_patients(inputs, manifest.parent)
+        _read_labels(inputs, manifest.parent)
     if not inputs.splits_of and not inputs.findings:
         raise NothingToCheck(f"{manifest or folder} names no image: is the data set prepared?")
     return inputs
@@ -131,6 +148,7 @@ def _read_manifest(inputs: Inputs) -> None:
     if not isinstance(data, dict):
         inputs.findings.append(Finding("manifest", name, f"expected an object, found {type(data).__name__}"))
         return
+    listed = Counter()
     for split in data:
         try:
             records = read_caption_manifest(inputs.manifest, inputs.root, split, check_files=False)
@@ -145,6 +163,10 @@ def _read_manifest(inputs: Inputs) -> None:
             image = inputs.name(record.image)
             inputs.splits_of[image].add(_SPLITS.get(split, split))
             inputs.text_of[image] = inputs.name(record.text_path)
+            listed[image, split] += 1
+    for (image, split), times in listed.items():
+        if times > 1:
+            inputs.findings.append(Finding("image_repeated", image, f"listed {times} times in {split}"))
 
 
 def _read_table(inputs: Inputs, path: Path) -> None:
@@ -152,10 +174,47 @@ def _read_table(inputs: Inputs, path: Path) -> None:
     try:
         records = read_vqa_csv(path, inputs.root, check_files=False)
     except ManifestError as error:
-        inputs.findings.append(Finding("manifest", name, str(error)))
+        reason = str(error).partition("; found ")[0]  # without a header, those are words of the first row
+        inputs.findings.append(Finding("manifest", name, reason))
         return
     inputs.questions[name] = records
     words = re.findall("[a-z]+", path.stem.lower())
     splits = {_SPLITS[word] for word in words if word in _SPLITS}
     for record in records:
         inputs.splits_of[inputs.name(record.image)] |= splits
+
+
+def _read_patients(inputs: Inputs, folder: Path) -> None:
+    """Whose the images are, by the folders of their cases."""
+    rows = _rows(inputs, folder / PATIENTS, "case", "patient")
+    patients = {inputs.name(folder / row["case"]): row["patient"] for row in rows}
+    for image in inputs.splits_of:
+        patient = patients.get(Path(image).parent.as_posix())
+        if patient:
+            inputs.patient_of[image] = patient
+
+
+def _read_labels(inputs: Inputs, folder: Path) -> None:
+    """Count the labels; what is neither 0, 1 nor empty is a finding."""
+    name = inputs.name(folder / LABELS)
+    for number, row in enumerate(_rows(inputs, folder / LABELS, PATH_COLUMN)):
+        wrong = [label for label, value in row.items() if label != PATH_COLUMN and value not in ("0", "1", "")]
+        if wrong:
+            inputs.findings.append(Finding("manifest", name, f"{wrong[0]}: expected 0, 1 or nothing", str(number)))
+        inputs.labels.update(label for label, value in row.items() if value == "1")
+
+
+def _rows(inputs: Inputs, path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a table beside the manifest; none where it is not there, and a finding where it cannot be read."""
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        inputs.findings.append(Finding("manifest", inputs.name(path), f"cannot be read ({error})"))
+        return []
+    if rows and not set(columns) <= rows[0].keys():
+        inputs.findings.append(Finding("manifest", inputs.name(path), f"lacks one of the columns {', '.join(columns)}"))
+        return []
+    return rows

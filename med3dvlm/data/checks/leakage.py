@@ -1,7 +1,7 @@
-"""What two splits share: cases by their folder, images by their look."""
+"""What two splits share: cases by their folder, patients where it is known whose a case is, images by their look."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 import numpy as np
@@ -26,17 +26,30 @@ def case_of(image: str) -> str:
 
 def case_leaks(splits_of: dict[str, set[str]]) -> list[Finding]:
     """Findings about cases in more than one split. splits_of: image -> names of the splits that it is in."""
-    cases: dict[str, dict[str, str]] = defaultdict(dict)  # case -> split -> an image of it
+    return [_shared("case", case, images) for case, images in _divided(splits_of, case_of)]
+
+
+def patient_leaks(splits_of: dict[str, set[str]], patient_of: dict[str, str]) -> list[Finding]:
+    """Findings about patients whose cases are in several splits. patient_of: image -> patient, where that is known."""
+    return [
+        _shared("patient", patient, images)
+        for patient, images in _divided({image: splits_of[image] for image in patient_of}, patient_of.__getitem__)
+        if len({case_of(image) for image in images.values()}) > 1  # otherwise a finding of `case_leaks`
+    ]
+
+
+def _divided(splits_of: dict[str, set[str]], owner_of: Callable[[str], str]) -> list[tuple[str, dict[str, str]]]:
+    """Owners (cases, patients) in more than one split, each with an image of every split."""
+    owners: dict[str, dict[str, str]] = defaultdict(dict)
     for image, splits in splits_of.items():
         for split in splits:
-            cases[case_of(image)].setdefault(split, image)
-    findings = []
-    for case, images in sorted(cases.items()):
-        if len(images) > 1:
-            kind = "case_leak" if "train" in images else "case_shared"
-            shown = ", ".join(f"{split}: {image}" for split, image in sorted(images.items()))
-            findings.append(Finding(kind, case, shown))
-    return findings
+            owners[owner_of(image)].setdefault(split, image)
+    return [(owner, images) for owner, images in sorted(owners.items()) if len(images) > 1]
+
+
+def _shared(what: str, owner: str, images: dict[str, str]) -> Finding:
+    shown = ", ".join(f"{split}: {image}" for split, image in sorted(images.items()))
+    return Finding(f"{what}_leak" if "train" in images else f"{what}_shared", owner, shown)
 
 
 def image_leaks(fingerprints: dict[str, np.ndarray], splits_of: dict[str, set[str]]) -> list[Finding]:

@@ -6,17 +6,22 @@ from collections import defaultdict
 from med3dvlm.data.checks.findings import Finding
 from med3dvlm.data.manifest import CHOICE_LETTERS, VQARecord
 
-_MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
+_MONTH = r"(?:Jan|Feb|M(?:ar|är)|Apr|Ma[yi]|Jun|Jul|Aug|Sep|O[ck]t|Nov|De[cz])[a-zä]*\.?"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+_YEAR = r"(?:19|20)\d\d"
+_CAPITAL = r"[A-ZÀ-ÖØ-Þ]"
 IDENTIFIERS = {
     "date": re.compile(
-        rf"\b{_DAY}[./-]{_DAY}[./-](?:19|20)?\d\d\b|\b(?:19|20)\d\d[./-]{_DAY}[./-]{_DAY}\b"
-        rf"|\b{_DAY}(?:st|nd|rd|th)?\s+{_MONTH},?\s+(?:19|20)\d\d\b|\b{_MONTH}\s+{_DAY}(?:st|nd|rd|th)?,?\s+(?:19|20)\d\d\b"
+        rf"(?<!\d){_DAY}[./-]{_DAY}[./-](?:{_YEAR}|\d\d)(?!\d)|(?<!\d){_YEAR}[./-]{_DAY}[./-]{_DAY}(?!\d)"
+        rf"|(?<!\d){_DAY}(?:st|nd|rd|th|\.)?[\s-]+(?:of\s+)?{_MONTH},?[\s-]+{_YEAR}(?!\d)"
+        rf"|\b{_MONTH}\s+{_DAY}(?:st|nd|rd|th)?,?\s+{_YEAR}(?!\d)",
+        re.IGNORECASE,
     ),
-    "long number": re.compile(r"(?<![\d.])\d{6,}(?![\d.]*\d)"),
-    "telephone number": re.compile(r"\+\d[\d ()/-]{7,}\d"),
-    "name after a title": re.compile(
-        r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof|Professor|Doctor)\b\.?\s+(?:[A-Z]\.\s*)*[A-Z][\w'-]+"
+    "long number": re.compile(r"(?<!\d)(?<!\d\.)\d{6,}(?!\.?\d)|\b\d{3}-\d\d-\d{4}\b"),
+    "telephone number": re.compile(r"\+\d[\d ()/-]{7,}\d|\(?\b\d{3}\)?[ -]\d{3}-\d{4}\b"),
+    "name after a title": re.compile(  # MR and DR without a full stop are methods of imaging
+        r"\b(?:(?:Mr|Mrs|Ms|Miss|Dr|Prof|Professor|Doctor|Herr|Frau)(?:\.\s*|\s+)|(?:MR|MRS|MS|DR|PROF)\.\s*)"
+        rf"(?:(?:Dr|med|van|von|de|der|den|del|di|da|la|le|el|al)\b\.?\s*)*(?:{_CAPITAL}\.\s*)*{_CAPITAL}[\w'’-]+"
     ),
     "e-mail address": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     "labelled field": re.compile(

@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # around 0..1
 _DARK, _FEWEST = 0.05, 1 / 200  # near-empty: so few voxels are brighter
 _FEW_SLICES = 16  # too few to judge their order
 _LAGS = 16
-_ALIKE, _RISE, _EVERYWHERE = 0.3, 0.03, 0.008  # see `out_of_order`
+_ALIKE, _RISE, _EVERY_QUARTER = 0.3, 0.03, 0.008  # correlations, see `out_of_order`
 
 
 @dataclass(frozen=True)
@@ -102,29 +102,54 @@ def repeated_slices(array: np.ndarray) -> int:
 
 
 def out_of_order(array: np.ndarray) -> bool:
-    """Whether slices `[D, H, W]` alternate, as in some sagittal series of M3D.
+    """Whether slices `[D, H, W]` alternate, as in some sagittal series of M3D, or are scattered.
 
-    In an ordered volume slices grow less alike with their distance. Here slices at some distance are clearly more alike
-    (mean correlation higher by 0.03, and in each quarter of the volume by 0.008) than slices at a smaller one. In a raw
-    series these distances are 2 and 1; resizing along D stretches and blurs them: all distances up to 16 are looked at.
+    In an ordered volume slices grow less alike with their distance. Both signs of disorder look at all distances up to
+    16, because resizing along D stretches and blurs what was at a distance of 1 or 2. The thresholds lie between 21
+    real and phantom volumes (cut in three planes, as they are and resized) in order and the same in disorder.
     """
-    lags = min(_LAGS, len(array) // 3)
     if len(array) < _FEW_SLICES:
         return False
     rows, columns = (max(1, size // 48) for size in array.shape[1:])
     planes = array[:, ::rows, ::columns].reshape(len(array), -1).astype(np.float32)
     planes -= planes.mean(1, keepdims=True)
-    norm = np.linalg.norm(planes, axis=1, keepdims=True)
-    planes /= np.maximum(norm, 1e-6)
-    positions = len(array) - lags
-    alike = np.stack([(planes[:positions] * planes[lag : lag + positions]).sum(1) for lag in range(1, lags + 1)])
-    means = alike.mean(1)
-    lowest = np.minimum.accumulate(means)
-    farther = int((means - lowest).argmax())
+    planes /= np.maximum(np.linalg.norm(planes, axis=1, keepdims=True), 1e-6)
+    alike = planes @ planes.T  # correlation of each slice with each, [D, D]
+    return _alternate(alike) or _scattered(alike)
+
+
+def _alternate(alike: np.ndarray) -> bool:
+    """Whether slices at some distance are clearly more alike than slices at a smaller one, everywhere."""
+    lags = min(_LAGS, len(alike) // 3)
+    by_lag = np.stack([alike.diagonal(lag)[: len(alike) - lags] for lag in range(1, lags + 1)])
+    means = by_lag.mean(1)
+    farther = int((means - np.minimum.accumulate(means)).argmax())
     nearer = int(means[: farther + 1].argmin())
-    rises = alike[farther] - alike[nearer]
-    least = min(quarter.mean() for quarter in np.array_split(rises, 4))
-    return bool(means[farther] > _ALIKE and rises.mean() > _RISE and least > _EVERYWHERE)
+    return bool(means[farther] > _ALIKE) and _everywhere(by_lag[farther] - by_lag[nearer])
+
+
+def _scattered(alike: np.ndarray) -> bool:
+    """Whether more slices than could lie nearer are more like a slice than those at some distance on either side.
+
+    At distance k up to 2k slices lie nearer, twice as many where left and right are mirror images.
+    """
+    others = alike.copy()
+    np.fill_diagonal(others, -1)
+    others = -np.sort(-others, axis=1)  # the most alike first
+    for lag in range(1, min(_LAGS, len(alike) // 6) + 1):
+        beside, count = np.zeros(len(alike), np.float32), np.full(len(alike), 2)
+        beside[lag:] += alike.diagonal(lag)
+        beside[:-lag] += alike.diagonal(lag)
+        count[:lag] = count[-lag:] = 1
+        expected = others[:, 4 * lag + 1]
+        if expected.mean() > _ALIKE and _everywhere(expected - beside / count):
+            return True
+    return False
+
+
+def _everywhere(rises: np.ndarray) -> bool:
+    """Whether correlation rises clearly on average, and at least a little in each quarter of the volume."""
+    return bool(rises.mean() > _RISE and min(quarter.mean() for quarter in np.array_split(rises, 4)) > _EVERY_QUARTER)
 
 
 def block_means(array: np.ndarray) -> np.ndarray:

@@ -33,19 +33,19 @@ def unpacked(path: Path, max_voxels: int):
         try:
             yield folder
         except VolumeError as error:
-            text = str(error).replace(str(folder), str(path)).replace(temporary, str(path))
-            raise VolumeError(text) from error
+            raise error.renamed(str(folder), str(path)).renamed(temporary, str(path)) from error
 
 
 def _checked(path: Path, members: list[zipfile.ZipInfo], max_voxels: int) -> list[zipfile.ZipInfo]:
     """The files to unpack; refuses an archive with any that should not be."""
     for member in members:
-        # zipfile would quietly drop what leads out of the folder; such an archive is not to be trusted at all.
+        # zipfile would quietly drop what leads out of the folder; such an archive is not to be trusted at all. Names
+        # are not quoted: they may be those of patients.
         windows = PureWindowsPath(member.filename)
         if ".." in windows.parts or windows.anchor or PurePosixPath(member.filename).is_absolute():
-            raise VolumeError(f"{path}: holds a name that leads out of its folder ({member.filename[:80]!r}); refused")
+            raise VolumeError(f"{path}: holds a name that leads out of its folder; refused")
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise VolumeError(f"{path}: holds a link ({member.filename[:80]!r}); refused")
+            raise VolumeError(f"{path}: holds a link; refused")
     total, packed = sum(m.file_size for m in members), path.stat().st_size
     if len(members) > MAX_MEMBERS or total > BYTES_PER_VOXEL * max_voxels:
         raise VolumeError(

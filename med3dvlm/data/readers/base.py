@@ -1,8 +1,10 @@
 """What every format reader takes and gives. Imports nothing of ours."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -12,11 +14,26 @@ DEFLATE_LIMIT = 1032  # deflate expands no byte to more than this many
 MAX_RATIO = 200  # scans shrink by less, however they are compressed; masks of moderate size may shrink by more
 MEMORY_FREE = 1 << 31  # bytes that files of any ratio may take
 NAN_RULES = ("error", "fill")
+MOST_CHOICES = 1000  # that an error lists
 PICK_FRAME = "name it (frame=N, --frame N on the command line)"
 
 
 class VolumeError(ValueError):
-    """A volume that cannot be used; the message names the file and what to do."""
+    """A volume that cannot be used; the message, problem and hint, names the file and what to do.
+
+    problem: the message without its hint. remedy: the option of `Reading` with which the file can be read: "frame",
+    "resample" or "nan"; "" where there is none. choices: for "frame" a name of each volume, in order.
+    """
+
+    def __init__(self, problem: str, hint: str = "", *, remedy: str = "", choices: Sequence[str] = ()):
+        super().__init__(f"{problem}; {hint}" if hint else problem)
+        self.problem, self.remedy, self.choices = problem, remedy, tuple(choices)
+
+    def renamed(self, old: str, new: str) -> "VolumeError":
+        """The same error about another path."""
+        error = VolumeError(str(self).replace(old, new), remedy=self.remedy, choices=self.choices)
+        error.problem = self.problem.replace(old, new)
+        return error
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class Reading:
     max_voxels: volumes with more are refused before memory is taken.
     prepared_size: (D, H, W) at which a NIfTI file without our mark is taken for a prepared one, if its affine is the
         unit and its values lie within 0..1.
+    scratch: folder for arrays that are too large for memory; None keeps everything in memory.
     """
 
     series: str | int | None = None
@@ -41,6 +59,7 @@ class Reading:
     flip: str = ""
     max_voxels: int = MAX_VOXELS
     prepared_size: tuple[int, int, int] = PUBLISHED_SIZE
+    scratch: Path | None = None
 
     def __post_init__(self):
         if self.nan not in NAN_RULES:
@@ -104,7 +123,8 @@ def decoding(path):
     except MemoryError as error:
         raise VolumeError(f"{path}: does not fit into memory") from error
     except Exception as error:  # decoders raise errors of a dozen types for corrupt input
-        reason = " ".join(str(error).split())[:300]
+        text = str(error).replace(str(path), "the file").split('"')[0]  # what ITK quotes are halves of paths
+        reason = " ".join(text.split())[:300]
         raise VolumeError(
             f"{path}: cannot be read ({type(error).__name__}: {reason}); is the file complete?"
         ) from error
@@ -122,7 +142,8 @@ def check_size(path, shape, max_voxels: int) -> None:
     if prod(shape) > max_voxels:
         raise VolumeError(
             f"{path}: declares {prod(shape):,} voxels {shape}, more than the {max_voxels:,} that are read "
-            f"({4 * max_voxels / 1e9:.1f} GB in memory); raise max_voxels if the file is really that large"
+            f"({4 * max_voxels / 1e9:.1f} GB in memory)",
+            "raise max_voxels (--max_voxels) if the file is really that large",
         )
 
 
@@ -150,7 +171,10 @@ def pick_frame(path, frames: int, frame: int | None) -> int:
     if frame is None:
         if frames != 1:
             raise VolumeError(
-                f"{path}: expected a volume with 3 axes, found {frames} volumes; extract one of them, or {PICK_FRAME}"
+                f"{path}: expected a volume with 3 axes, found {frames} volumes",
+                f"extract one of them, or {PICK_FRAME}",
+                remedy="frame",
+                choices=[f"volume {n}" for n in range(min(frames, MOST_CHOICES))],
             )
         return 0
     if not 0 <= frame < frames:

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from med3dvlm.data.geometry import GeometryError, empty_turned, resample_slices, shear_slices, slice_grid
-from med3dvlm.data.readers.base import PICK_FRAME, Decoded, Reading, SeriesInfo, VolumeError, check_size, pick_frame
+from med3dvlm.data.readers.base import (
+    MOST_CHOICES,
+    PICK_FRAME,
+    Decoded,
+    Reading,
+    SeriesInfo,
+    VolumeError,
+    check_size,
+    pick_frame,
+)
 from med3dvlm.data.readers.dicom_header import is_dicom_file
 from med3dvlm.data.readers.dicom_pixels import read_values, stored_planes
 from med3dvlm.data.readers.dicom_planes import Plane
@@ -80,7 +89,7 @@ def _assembled(
     if not reading.resample:
         _check_stack(path, planes, grid, drift if tilted else None, damaged)
     affine = _affine(planes[0], grid.spacing if grid else 1.0)
-    array = empty_turned((len(planes), *planes[0].shape), affine)  # [k, j, i]
+    array = empty_turned((len(planes), *planes[0].shape), affine, reading.scratch)  # [k, j, i]
     read_values(planes, array)
     if tilted:
         array, affine = _straightened(path, array, affine, drift, reading)
@@ -119,7 +128,9 @@ def _choose(path: Path, found: Found, series) -> tuple[Stack, tuple[str, ...]]:
         )
     if len(usable) > 1:
         number = next(number for number, stack in numbered if stack is best)
-        warnings += (f"read series {number}, the largest of {len(usable)}; series=N (--series N) chooses, {LISTING}",)
+        warnings += (
+            f"read series {number}, the largest of {len(usable)}; another can be chosen (--series, --list-series)",
+        )
     for stack in found.stacks:
         if stack.reason and stack.first.series == best.first.series:
             warnings += (f"{stack.slices} images of the series left out: {stack.reason}",)
@@ -130,9 +141,15 @@ def _pick_volume(path: Path, stack: Stack, frame: int | None) -> list[Plane]:
     """The planes of the only volume, or of the one asked for."""
     volumes = stack.volumes
     if len(volumes) > 1 and frame is None:
-        shown = [f"{n}: {volume.label} ({len(volume.planes)} slices)" for n, volume in enumerate(volumes[:20])]
+        names = [f"{volume.label} ({len(volume.planes)} slices)" for volume in volumes]
+        shown = [f"{n}: {name}" for n, name in enumerate(names[:20])]
         more = f"; and {len(volumes) - 20} more" if len(volumes) > 20 else ""
-        raise VolumeError(f"{path}: holds {len(volumes)} volumes; {PICK_FRAME}: {'; '.join(shown)}{more}")
+        raise VolumeError(
+            f"{path}: holds {len(volumes)} volumes",
+            f"{PICK_FRAME}: {'; '.join(shown)}{more}",
+            remedy="frame",
+            choices=names[:MOST_CHOICES],
+        )
     return volumes[pick_frame(path, len(volumes), frame)].planes
 
 
@@ -174,7 +191,9 @@ def _check_stack(path: Path, planes: list[Plane], grid, drift: np.ndarray | None
         degrees = np.degrees(np.arctan2(mm[-1], at[-1]))
         why = f"the gantry was tilted by {degrees:.1f} degrees: " if straight else ""
         raise VolumeError(
-            f"{path}: {why}slices are shifted sideways by up to {mm.max():.1f} mm; {RESAMPLE} to shear them straight"
+            f"{path}: {why}slices are shifted sideways by up to {mm.max():.1f} mm",
+            f"{RESAMPLE} to shear them straight",
+            remedy="resample",
         )
     if grid is not None and not grid.even:
         steps = np.diff(heights(planes))
@@ -182,8 +201,10 @@ def _check_stack(path: Path, planes: list[Plane], grid, drift: np.ndarray | None
         between = " and ".join(plane.path.name for plane in planes[grid.gap_after : grid.gap_after + 2])
         lost = f"{missing} slices seem to be missing" if missing else "slice distances are uneven"
         raise VolumeError(
-            f"{path}: {lost}: {grid.gap:.4g} mm between {between}, where {grid.spacing:.4g} mm is usual; "
-            f"{damaged + '; ' if damaged else ''}find the slices, or {RESAMPLE} to interpolate"
+            f"{path}: {lost}: {grid.gap:.4g} mm between {between}, where {grid.spacing:.4g} mm is usual"
+            f"{'; ' + damaged if damaged else ''}",
+            f"find the slices, or {RESAMPLE} to interpolate",
+            remedy="resample",
         )
 
 
@@ -202,7 +223,7 @@ def _straightened(path: Path, array: np.ndarray, affine: np.ndarray, drift: np.n
     """Undo the tilt; the result is larger by what the slices drift."""
     grown = np.ceil(np.ptp(drift, axis=1)) + 1
     check_size(path, (len(array), *(np.array(array.shape[1:]) + grown)), reading.max_voxels)
-    array, (row, column) = shear_slices(array, *drift, fill=float(array.min()))
+    array, (row, column) = shear_slices(array, *drift, reading.scratch)
     affine = affine.copy()
     affine[:3, 3] += affine[:3, 0] * column + affine[:3, 1] * row
     return array, affine
@@ -213,7 +234,7 @@ def _evened(path: Path, array: np.ndarray, affine: np.ndarray, planes: list[Plan
     at = heights(planes)
     spacing = slice_grid(at).spacing
     check_size(path, (round((at[-1] - at[0]) / spacing) + 1, *array.shape[1:]), reading.max_voxels)
-    array, spacing = resample_slices(array, at)
+    array, spacing = resample_slices(array, at, scratch=reading.scratch)
     affine = affine.copy()
     affine[:3, 2] *= spacing / np.linalg.norm(affine[:3, 2])
     return array, affine

@@ -56,7 +56,11 @@ def is_dicom_file(path) -> bool:
     if not os.path.isfile(path):  # not a pipe or a device, which could block
         return False
     with open(path, "rb") as stream:
-        head = stream.read(132)
+        return begins_as_dicom(stream.read(132))
+
+
+def begins_as_dicom(head: bytes) -> bool:
+    """As `is_dicom_file`, of the first 132 bytes."""
     if head[128:] == b"DICM":
         return True
     explicit, implicit = head[4:6].isalpha() and head[4:6].isupper(), head[6:8] == b"\0\0"
@@ -144,6 +148,8 @@ def read_header(path: Path):
         stop = _Stop(path, stream, lambda tag: tag == PIXEL_DATA or tag in FLOAT_PIXELS)
         implicit, little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
         header = read_dataset(stream, implicit, little, stop_when=stop, specific_tags=TAGS)
+        if "SOPClassUID" not in header and "MediaStorageSOPClassUID" in meta:  # the file ends before it, perhaps
+            header.SOPClassUID = meta.MediaStorageSOPClassUID
         pixels = _find_pixels(stream, syntax)
         if pixels == NO_PIXELS:
             stop.check()

@@ -11,6 +11,7 @@ from med3dvlm.data.readers.base import VolumeError
 from med3dvlm.data.readers.dicom_header import open_stream, parsing
 from med3dvlm.data.readers.dicom_itk import ItkDecoder, ItkError
 from med3dvlm.data.readers.dicom_planes import PixelSource, Plane
+from med3dvlm.data.scratch import let_go, put, slabs
 
 MAX_COMPRESSED = 1 << 26  # pixels of one compressed frame: 8192 x 8192
 INSTALL = {  # what decodes a transfer syntax that neither this environment's pydicom nor SimpleITK can
@@ -32,22 +33,24 @@ def read_values(planes: list[Plane], array: np.ndarray) -> None:
     """
     padded = []
     for k, stored in stored_planes(planes):
-        plane, target = planes[k], array[k]
+        plane = planes[k]
         if plane.slope == 1 and plane.source.stored <= 16:
-            np.add(stored, np.float32(plane.intercept), out=target)
+            values = np.add(stored, np.float32(plane.intercept), dtype=np.float32)
         else:
-            target[...] = stored * plane.slope + plane.intercept  # in float64
+            values = (stored * plane.slope + plane.intercept).astype(np.float32)  # in float64 until here
         if plane.padding:
             blank = (stored >= plane.padding[0]) & (stored <= plane.padding[1])
             if blank.any():
-                target[blank] = np.nan
+                values[blank] = np.nan
                 padded.append(k)
+        put(array[k], values)
     if padded:
-        lowest = np.fmin.reduce(array, axis=None)
+        lowest = np.fmin.reduce([np.fmin.reduce(part, axis=None) for part in slabs(array)])
         if np.isnan(lowest):
             raise VolumeError(f"{planes[0].path}: every pixel of the series is padding")
         for k in padded:
             array[k][np.isnan(array[k])] = lowest
+            let_go(array)
 
 
 def stored_planes(planes: list[Plane]) -> Iterator[tuple[int, np.ndarray]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from med3dvlm.data.readers.base import VolumeError
 from med3dvlm.data.readers.dicom_header import NO_PIXELS, VOLUME_TAGS, parsing, read_header
@@ -18,6 +19,10 @@ NO_SLICES = {  # by words of ImageType
     "LOCALIZER": "a localizer", "SCOUT": "a localizer", "TOPOGRAM": "a localizer", "SCREEN SAVE": "a screen capture",
     "DOSE_INFO": "a dose report", "PROJECTION IMAGE": "a projection",
 }  # fmt: skip
+UNITS = frozenset(  # of PET and nuclear medicine, as the standard has them
+    "CNTS NONE CM2 CM2ML PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS PROPCPS MLMINML MLML GML "
+    "STDDEV SUV".split()
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,21 @@ def read_planes(path: Path) -> list[Plane]:
         header, pixels = read_header(path)
         if header is None:
             return []
-        if pixels == NO_PIXELS and "Rows" in header and header.get("Modality") not in TEXTS:
+        if pixels == NO_PIXELS and _was_image(header):
             raise VolumeError(f"{path}: truncated: it describes an image and ends before the pixels")
         reason = _why_no_image(header, pixels)
         if reason:
             return [Plane(**_identity(path, header, 0), reason=reason)]
         source = _pixel_source(path, header, pixels)
         return [_plane(frame, source, index) for index, frame in enumerate(_frames(header, source))]
+
+
+def _was_image(header: Dataset) -> bool:
+    """Whether a header without pixels is what is left of an image, rather than that of a text or an emptied file."""
+    if header.get("Modality") in TEXTS:
+        return False
+    cut = "SeriesInstanceUID" not in header  # which every image has, close to the beginning
+    return "Rows" in header or cut and UID(header.get("SOPClassUID", "")).name.endswith("Image Storage")
 
 
 def _why_no_image(header: Dataset, pixels) -> str:
@@ -164,7 +177,7 @@ def _identity(path: Path, header: Dataset, index: int) -> dict:
         series=str(header.get("SeriesInstanceUID") or ""),
         instance=str(header.get("SOPInstanceUID") or path),
         number=index if multi_frame else int(header.get("InstanceNumber") or 0),
-        modality=modality if re.fullmatch("[A-Z]{2,10}", modality) else "",
+        modality=modality if re.fullmatch("[A-Z]{2}", modality) else "",  # nothing that somebody typed
         series_number=int(header.get("SeriesNumber") or 0),
         description=str(header.get("SeriesDescription") or ""),
     )
@@ -221,7 +234,7 @@ def _units(header: Dataset, rescaled: bool) -> str:
     if header.get("Modality") == "CT":
         return "HU" if rescaled and header.get("RescaleType") in (None, "", "HU", "US") else ""
     units = str(header.get("Units") or "")
-    return units if re.fullmatch("[A-Z0-9]{1,10}", units) else ""
+    return units if units in UNITS else ""
 
 
 def _padding(header: Dataset, source: PixelSource) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from med3dvlm.data.geometry import slice_grid
 from med3dvlm.data.readers.base import PICK_FRAME, SeriesInfo, VolumeError
-from med3dvlm.data.readers.dicom_header import VOLUME_TAGS, is_dicom_file
+from med3dvlm.data.readers.dicom_header import NO_PIXELS, VOLUME_TAGS, is_dicom_file
 from med3dvlm.data.readers.dicom_planes import Plane, read_planes
 
 NUMBER = re.compile(r"[-+]?\d{1,12}(\.\d*)?(e[-+]?\d{1,2})?", re.ASCII)
@@ -121,7 +121,9 @@ def _read_all(files: Iterable[Path]) -> tuple[list[Plane], list[str]]:
             planes += read_planes(file)
         except VolumeError:
             broken.append(file.name)  # reported with the series that is read, and in the listing
-    return planes, broken
+    slices = {plane.series for plane in planes if not plane.reason}
+    cut = [plane for plane in planes if plane.reason == NO_PIXELS and plane.series in slices]  # among its slices
+    return [plane for plane in planes if plane not in cut], broken + [plane.path.name for plane in cut]
 
 
 def sort_planes(planes: list[Plane]) -> list[Stack]:

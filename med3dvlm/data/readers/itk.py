@@ -22,6 +22,7 @@ from med3dvlm.data.readers.base import (
     decoding,
     pick_frame,
 )
+from med3dvlm.data.scratch import put
 
 HEADER_LIMIT = 1 << 20
 IO_NAMES = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
@@ -58,8 +59,8 @@ def read_itk(path: Path, reading: Reading) -> Decoded:
         reader.SetExtractIndex([0, 0, 0, *[frame, 0, 0][: len(size) - 3]])
         image = reader.Execute()
         affine = _affine(image)
-        array = empty_turned(size[2::-1], affine)  # [k, j, i]
-        array[:] = sitk.GetArrayViewFromImage(image)  # the view doesn't keep the image alive
+        array = empty_turned(size[2::-1], affine, reading.scratch)  # [k, j, i]
+        put(array, sitk.GetArrayViewFromImage(image))  # the view doesn't keep the image alive
     warnings = ()
     if not {"space", "space dimension", "transformmatrix", "rotation", "orientation"} & fields.keys():
         warnings = (f"{path.name} says nothing about its orientation: left and right are guessed",)

@@ -17,6 +17,7 @@ from isal import igzip
 
 from med3dvlm.data.geometry import canonical_turn, empty_turned
 from med3dvlm.data.readers.base import DEFLATE_LIMIT, Decoded, Reading, VolumeError, check_size, decoding, pick_frame
+from med3dvlm.data.scratch import LIMIT, put
 
 PREPARED_MARK = b"med3dvlm prepared"
 PUBLISHED_WARNING = (
@@ -47,7 +48,7 @@ def read_nifti(path: Path, reading: Reading) -> Decoded:
         check_size(path, shape, reading.max_voxels)
         affine, spacing, warnings = _geometry(header, path)
         mark = prepared_mark(header)
-        array = empty_turned(shape, None if mark else affine)  # [k, j, i]
+        array = empty_turned(shape, None if mark else affine, reading.scratch)  # [k, j, i]
         volume_bytes = prod(shape) * dtype.itemsize
         start = header.get_data_offset() + frame * volume_bytes
         _check_length(path, data_path, start + volume_bytes)
@@ -180,7 +181,8 @@ def _scaling(header, mark: dict | None) -> Callable[[np.ndarray], np.ndarray]:
 
 def _fill(array: np.ndarray, stream, dtype: np.dtype, scaling: Callable) -> None:
     """Read the voxels of `array` `[k, j, i]` from a stream, some slices at a time."""
-    slices = max(1, CHUNK_BYTES // (dtype.itemsize * array[0].size))
+    chunk = CHUNK_BYTES if array.nbytes <= LIMIT else 8 * CHUNK_BYTES  # what lies on a disk is better not visited often
+    slices = max(1, chunk // (dtype.itemsize * array[0].size))
     buffer = np.empty((min(slices, len(array)), *array.shape[1:]), dtype)
     for first in range(0, len(array), slices):
         part = buffer[: len(array) - first]
@@ -190,7 +192,7 @@ def _fill(array: np.ndarray, stream, dtype: np.dtype, scaling: Callable) -> None
             if not count:
                 raise EOFError(f"it ends after {first} of {len(array)} slices")
             done += count
-        array[first : first + len(part)] = scaling(part)
+        put(array[first : first + len(part)], scaling(part))
 
 
 def _rest(path: Path, stream, limit: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from med3dvlm.data.readers.base import MAX_VOXELS, Decoded, Reading, VolumeError, check_size, decoding, pick_frame
+from med3dvlm.data.scratch import let_go, new_array
 
 SLICE_SUFFIXES = (".png", ".jpeg", ".jpg")
 
@@ -31,20 +32,25 @@ def read_slices(folder: Path, reading: Reading) -> Decoded:
     if not files:
         raise VolumeError(f"{folder}: holds no slices ({', '.join(SLICE_SUFFIXES)})")
     pick_frame(folder, 1, reading.frame)
-    slices = []
-    for file in files:
-        slices.append(read_slice(file, reading.max_voxels))
-        check_size(folder, (len(slices), *slices[-1].shape), reading.max_voxels)
-    shape = Counter(s.shape for s in slices).most_common(1)[0][0]
-    kept = [s for s in slices if s.shape == shape]
-    warnings = ()
-    if len(kept) < len(slices):
-        left_out = len(slices) - len(kept)
-        warnings = (f"{left_out} of {len(slices)} slices left out: their size is not the common {shape}",)
-    array = np.empty((len(kept), *shape), np.float32)  # [D, H, W]
-    for target, codes in zip(array, kept, strict=True):
-        np.divide(codes, np.float32(np.iinfo(codes.dtype).max), out=target, dtype=np.float32)
-    return Decoded(array, warnings=warnings)
+    shapes = [_shape(file) for file in files]
+    shape = Counter(shapes).most_common(1)[0][0]
+    left_out = len(files) - shapes.count(shape)
+    check_size(folder, (shapes.count(shape), *shape), reading.max_voxels)
+    array = new_array((shapes.count(shape), *shape), reading.scratch)  # [D, H, W]
+    targets = iter(array)
+    for file, found in zip(files, shapes, strict=True):
+        codes = read_slice(file, reading.max_voxels)  # also where it is left out: it may be damaged
+        if found == shape:
+            np.divide(codes, np.float32(np.iinfo(codes.dtype).max), out=next(targets), dtype=np.float32)
+            let_go(array)
+    note = f"{left_out} of {len(files)} slices left out: their size is not the common {shape}"
+    return Decoded(array, warnings=(note,) if left_out else ())
+
+
+def _shape(file: Path) -> tuple[int, int]:
+    """(H, W) of a slice, which is not decoded."""
+    with decoding(file), Image.open(file) as image:
+        return image.height, image.width
 
 
 def read_slice(file: Path, max_voxels: int = MAX_VOXELS) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 from med3dvlm.data.sources import amos_mm, ct_rate, m3d, table, volumes
 from med3dvlm.data.sources.base import Case, Collection, SourceError, SourceOptions
 
-__all__ = ["SOURCES", "Collection", "SourceError", "SourceOptions", "collect", "recognise"]
+__all__ = ["SOURCES", "Collection", "SourceError", "SourceOptions", "collect", "recognise", "refuse_overwriting"]
 
 # In the order in which they are tried: a tree of any volumes fits everything.
 SOURCES = {"m3d": m3d, "ct-rate": ct_rate, "amos-mm": amos_mm, "list": table, "volumes": volumes}
@@ -29,13 +29,40 @@ def collect(root: Path, kind: str, options: SourceOptions) -> Collection:
     """What an input holds; kind: a name of SOURCES, or "auto". Raises SourceError for what cannot be understood."""
     if not root.exists():
         raise SourceError(f"{root}: no such file or folder")
-    collection = SOURCES[recognise(root) if kind == "auto" else kind].read(root, options)
+    kind = recognise(root) if kind == "auto" else kind
+    _refuse_unused(kind, options)
+    collection = SOURCES[kind].read(root, options)
     folders = Counter(case.folder for case in collection.cases)
     doubled = [folder for folder, count in folders.items() if count > 1]
     if doubled:
-        raise SourceError(f"{root}: several cases would be written to {', '.join(doubled[:5])}; rename their folders")
+        raise SourceError(f"{root}: several cases would be written to {', '.join(doubled[:5])}; give them other names")
     refuse_leakage(collection)
     return collection
+
+
+def _refuse_unused(kind: str, options: SourceOptions) -> None:
+    """Raise SourceError for an option that this form of input has no use for: what it asks for would not happen."""
+    uses = {
+        "questions": ("ct-rate",), "reports": ("volumes",), "hash_ids": ("list", "volumes"),
+        "columns": ("list", *(["volumes"] if options.reports else [])),
+    }  # fmt: skip
+    for name, kinds in uses.items():
+        if getattr(options, name) and kind not in kinds:
+            raise SourceError(f"--{name} is for the input forms {' and '.join(kinds)}, and this one is {kind}")
+
+
+def refuse_overwriting(collection: Collection, output: Path) -> None:
+    """Raise SourceError where results would replace files of the input, or be taken for input the next time."""
+    output = output.resolve()
+    inside = collection.kind == "volumes" and output.is_relative_to(collection.root.resolve())
+    for case in collection.cases:
+        folder = output / case.folder
+        originals = [item.path for item in case.items] + [path for path in (case.raw, case.text_file) if path]
+        originals = {path.parent.resolve() / path.name for path in originals}  # not where a link leads
+        results = {folder, folder / "text.txt", *(folder / f"{item.name}.nii.gz" for item in case.items)}
+        inside = inside or bool(originals & results)
+    if inside:
+        raise SourceError(f"{output}: lies in the input, and would be mixed up with it; choose another --output_dir")
 
 
 def refuse_leakage(collection: Collection) -> None:
@@ -48,10 +75,11 @@ def refuse_leakage(collection: Collection) -> None:
     for case in collection.cases:
         group = case.group or case.folder
         places[group].setdefault(case.split, case.folder)
-        for item in () if case.hidden else case.items:
-            owner = owners.setdefault(item.path.resolve(), case)
+        for item in case.items:  # DICOM goes by its headers; there, path is a folder of any number of patients
+            owner = case if item.dicom else owners.setdefault(item.path.resolve(), case)
             if (owner.group or owner.folder) != group:
-                raise SourceError(f"{item.path}: belongs to two patients, of {owner.folder} and of {case.folder}")
+                what = f"{case.folder}/{item.name}" if case.hidden else item.path
+                raise SourceError(f"{what}: belongs to two patients, of {owner.folder} and of {case.folder}")
     divided = [found for found in places.values() if len(found) > 1]
     if divided:
         example = " and ".join(f"{folder} ({split or 'no split'})" for split, folder in divided[0].items())

@@ -92,7 +92,7 @@ def _question(item: dict, image: str, path: Path) -> Question:
     if missing:
         raise SourceError(f"{path}, {item['image']}: lacks {' and '.join(missing)}; it has {', '.join(item)}")
     options = item.get("options") or {}
-    if not isinstance(options, dict) or not set(options) <= set(CHOICES):
+    if not isinstance(options, dict) or not all(k in CHOICES and isinstance(v, str) for k, v in options.items()):
         raise SourceError(f"{path}, {item['image']}: expected options A to D, found {options!r:.80}")
     answer, letter = item["answer"].strip(), ""
     if options:

@@ -1,14 +1,13 @@
 """What every form of input becomes: cases, each with its volumes and its report, and tables of questions."""
 
-import csv
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from med3dvlm.data.files import write_bytes
 from med3dvlm.data.manifest import clean_report_text
 
 SPLITS = ("train", "validation", "test")
@@ -62,7 +61,19 @@ class Case:
         """The text, "" where there is none. Raises OSError or UnicodeDecodeError where its file cannot be read."""
         if self.text is not None or self.text_file is None or not self.text_file.exists():
             return self.text or ""
-        return clean_report_text(self.text_file.read_text(encoding="utf-8"))
+        return clean_report_text(self.text_file.read_text(encoding="utf-8-sig"))
+
+    def write_report(self, output: Path) -> bool:
+        """Let `text.txt` below the output hold the report, or not be there; says whether there is one.
+
+        Raises as `report`, and OSError where it cannot be written.
+        """
+        text, target = self.report().encode("utf-8"), output / self.folder / "text.txt"
+        if not text:
+            target.unlink(missing_ok=True)  # of an earlier run, when there was one
+        elif not target.is_file() or target.read_bytes() != text:
+            write_bytes(target, text)
+        return bool(text)
 
 
 @dataclass
@@ -121,53 +132,6 @@ class SourceOptions:
     dry_run: bool = False
 
 
-def read_table(path: Path, required: tuple[str, ...] = ()) -> list[dict[str, str]]:
-    """The rows of a `.csv`, `.tsv`, `.xlsx`, `.jsonl` or `.json` (list) table; cells are text, "" where they are empty.
-
-    Raises SourceError: not readable, or without a required column; the message lists those that are there.
-    """
-    try:
-        rows, found = _rows(path)
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        raise SourceError(f"{path}: cannot be read as a table ({error})") from error
-    missing = [name for name in required if name not in found]
-    if missing:
-        raise SourceError(f"{path}: lacks {_columns(missing)}; it has {', '.join(found) or 'none'}")
-    return rows
-
-
-def _columns(names: list[str]) -> str:
-    return f"the column{'s' * (len(names) > 1)} {', '.join(names)}"
-
-
-def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    ending = path.suffix.lower()
-    if ending in (".csv", ".tsv"):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if ending == ".tsv" else ",")
-            rows = [{key: value or "" for key, value in row.items() if key is not None} for row in reader]
-            return rows, list(reader.fieldnames or ())
-    if ending == ".xlsx":
-        return _excel_rows(path)
-    text = path.read_text(encoding="utf-8-sig")
-    lines = [line for line in text.splitlines() if line.strip()]
-    values = [json.loads(line) for line in lines] if ending == ".jsonl" else json.loads(text)
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise ValueError("expected one object a row")
-    rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in values]
-    return rows, list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _excel_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    import pandas
-
-    try:
-        table = pandas.read_excel(path, dtype=str, keep_default_na=False)
-    except ImportError as error:
-        raise SourceError(f"{path}: reading .xlsx needs `pip install openpyxl`; or save the table as .csv") from error
-    return table.to_dict("records"), list(table.columns)
-
-
 def known_split(name: str, where: str) -> str:
     """train, validation or test for the many ways in which they are written. Raises SourceError for anything else."""
     split = SPLIT_NAMES.get(name.strip().lower())
@@ -178,9 +142,14 @@ def known_split(name: str, where: str) -> str:
 
 def draw_split(group: str, fractions: tuple[float, float, float]) -> str:
     """The split of a group: always the same, whatever else the data set holds, and evenly spread over the groups."""
-    place = int.from_bytes(hashlib.sha256(f"split|{group}".encode()).digest()[:8], "big") / 2**64
+    place = int.from_bytes(hashlib.sha256(as_bytes(f"split|{group}")).digest()[:8], "big") / 2**64
     train, validation, _ = fractions
     return "train" if place < train else "validation" if place < train + validation else "test"
+
+
+def as_bytes(name: str) -> bytes:
+    """A name as it is hashed; those of files need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def fold_name(name: str) -> str:
@@ -189,5 +158,12 @@ def fold_name(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A name that any file system takes: ASCII letters, digits and `._-`, anything else becomes `_`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", fold_name(name)).strip("._") or "unnamed"
+    """A name that any file system takes: ASCII letters, digits and `._-`, anything else becomes `_`.
+
+    Where letters would be lost (Chinese, say), a hash stands for them, so that different names stay different.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", fold_name(name)).strip("._")
+    lost = (character for character in name if not fold_name(character))
+    if any(character.isalnum() or not character.isprintable() for character in lost):
+        plain = f"{plain}_{hashlib.sha256(as_bytes(name)).hexdigest()[:8]}".lstrip("_")
+    return plain or "unnamed"

@@ -17,8 +17,8 @@ from med3dvlm.data.sources.base import (
     SourceError,
     SourceOptions,
     known_split,
-    read_table,
 )
+from med3dvlm.data.sources.spreadsheet import read_table
 
 VOLUME = re.compile(r"(?P<split>train|valid)_(?P<patient>[1-9][0-9]*)_(?P<scan>[a-z]+)_[1-9][0-9]*\.nii\.gz")
 VOLUME_FOLDERS = ("train_fixed", "valid_fixed", "train", "valid")  # the corrected release goes first
@@ -82,8 +82,8 @@ def _fixed(path: Path, base: Path) -> bool:
 def _volumes(base: Path, root: Path) -> tuple[dict[str, Path], list[tuple[str, str]]]:
     """The file of each volume, and what is left out, with the reason."""
     lists = [base / "metadata" / f"no_chest_{split}.txt" for split in TABLES]
-    no_chest = {line.strip().rpartition("/")[2] for file in lists if file.is_file() for line in file.open()} - {""}
-    no_chest = {name if name.endswith(".nii.gz") else f"{name}.nii.gz" for name in no_chest}
+    lines = [line for file in lists if file.is_file() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    no_chest = {_file_name(line) for line in lines if line.strip()}
     volumes, left_out = {}, []
     for folder in VOLUME_FOLDERS:
         for path in sorted((base / folder).rglob("*.nii.gz")):
@@ -110,12 +110,11 @@ def _reports(base: Path) -> dict[str, str]:
         path = _table(base, "radiology_text_reports", f"{name}_reports")
         for row in read_table(path, ("VolumeName", "Findings_EN", "Impressions_EN")) if path else ():
             findings, impression = (
-                "" if row[key].strip() == EMPTY else " ".join(row[key].split())
-                for key in ("Findings_EN", "Impressions_EN")
+                "" if row[key] == EMPTY else " ".join(row[key].split()) for key in ("Findings_EN", "Impressions_EN")
             )
             text = f"{findings} Impression: {impression}" if impression else findings
             if text.strip():
-                reports[row["VolumeName"]] = text.strip()
+                reports[_file_name(row["VolumeName"])] = text.strip()
     return reports
 
 
@@ -125,7 +124,7 @@ def _rescaling(base: Path) -> dict[str, tuple[float, float]]:
         path = _table(base, "metadata", f"{name}_metadata")
         for row in read_table(path, ("VolumeName", "RescaleSlope", "RescaleIntercept")) if path else ():
             try:
-                rescaling[row["VolumeName"]] = float(row["RescaleSlope"]), float(row["RescaleIntercept"])
+                rescaling[_file_name(row["VolumeName"])] = float(row["RescaleSlope"]), float(row["RescaleIntercept"])
             except ValueError as error:
                 raise SourceError(f"{path}, {row['VolumeName']}: {error}") from error
     return rescaling
@@ -146,8 +145,12 @@ def _cases(found: dict[tuple[str, str | None], list[Item]]) -> list[Case]:
 def _add_questions(collection: Collection, images: dict[str, str], base: Path, options: SourceOptions) -> None:
     """CT-RATE's own questions where they lie beside the volumes, and those that `--questions` names."""
     unmatched: list[str] = []
-    for path in sorted((base / "vqa").glob("*_vqa.json")):
+    others = sum(
         _own_questions(path, images, collection.questions, unmatched)
+        for path in sorted((base / "vqa").glob("*_vqa.json"))
+    )
+    if others:
+        collection.notes.append(f"{others} entries of CT-RATE's vqa name no image, or ask for no long or short answer")
     if options.questions is not None:
         tables = [options.questions] if options.questions.is_file() else sorted(options.questions.rglob("*.csv"))
         tables = [path for path in tables if path.name != "valid_path.csv"]
@@ -181,6 +184,11 @@ def _volume_name(text: str) -> str:
     return re.sub(r"^test_", "valid_", name)
 
 
+def _file_name(text: str) -> str:
+    """A table may leave the ending out, or write a path."""
+    return f"{_volume_name(text)}.nii.gz"
+
+
 def _rad_questions(path: Path, images: dict[str, str], questions: dict, unmatched: list[str]) -> None:
     """The rows of a 3D-RAD table; "-" is a missing choice."""
     for row in read_table(path, RAD_COLUMNS):
@@ -188,33 +196,40 @@ def _rad_questions(path: Path, images: dict[str, str], questions: dict, unmatche
         if name not in images:
             unmatched.append(row["VolumeName"])
             continue
-        choices = tuple(row.get(f"Choice {letter}", "-").strip() for letter in CHOICES)
+        choices = tuple(row.get(f"Choice {letter}", "-") for letter in CHOICES)
         choices = tuple("" if choice == "-" else choice for choice in choices)
-        letter = row["AnswerChoice"].strip()
-        closed = row["QuestionType"].strip().lower().startswith("close")
+        letter = row["AnswerChoice"]
+        closed = row["QuestionType"].lower().startswith("close") and any(choices)
         questions.setdefault("train" if name.startswith("train_") else "test", []).append(
-            Question(images[name], row["Question"].strip(), row["Answer"].strip(), row["Task"].strip(),
+            Question(images[name], row["Question"], row["Answer"], row["Task"],
                      choices if closed else (), "" if letter == "-" or not closed else letter))  # fmt: skip
 
 
-def _own_questions(path: Path, images: dict[str, str], questions: dict, unmatched: list[str]) -> None:
-    """Questions of `*_vqa.json` that ask for an answer in words; the other tasks have no table of their own."""
+def _own_questions(path: Path, images: dict[str, str], questions: dict, unmatched: list[str]) -> int:
+    """Questions of `*_vqa.json` that ask for an answer in words. Returns how many others there are."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8-sig"))
         talks = [
-            (talk.get("image"), [(turn["from"], turn["value"]) for turn in talk["conversations"]]) for talk in read
+            ((talk.get("image") or "").strip(), [(turn["from"], turn["value"].strip()) for turn in turns])
+            for talk in read
+            for turns in [talk["conversations"]]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: expected a list of objects with image and conversations ({error!r})") from error
     split = "train" if path.name.startswith("train") else "validation"
+    others = 0
     for image, turns in talks:
-        name = _volume_name(image or "")
+        name = _volume_name(image)
         for (asker, question), (_, answer) in zip(turns, turns[1:], strict=False):
             kind = re.search(r"<(long_answer|short_answer)>", question)
-            if asker != "human" or not kind or not image:
+            if asker != "human":
+                continue
+            if not kind or not image:
+                others += 1
                 continue
             if name not in images:
                 unmatched.append(image)
                 continue
             text = " ".join(re.sub(r"<\w+>", " ", question).split())
-            questions.setdefault(split, []).append(Question(images[name], text, answer.strip(), kind[1]))
+            questions.setdefault(split, []).append(Question(images[name], text, answer, kind[1]))
+    return others

@@ -9,6 +9,7 @@ import io
 import re
 import zipfile
 from collections import Counter, defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from pydicom.uid import MediaStorageDirectoryStorage
 from tqdm import tqdm
 
 from med3dvlm.data.readers.base import VolumeError, decoding
-from med3dvlm.data.sources.base import SPLIT_NAMES, Case, Item, SourceError, SourceOptions, read_table
+from med3dvlm.data.readers.dicom_header import begins_as_dicom, parsing
+from med3dvlm.data.sources.base import SPLIT_NAMES, Case, Item, SourceError, SourceOptions, as_bytes
 from med3dvlm.data.sources.pseudonyms import Pseudonyms, pseudonyms
+from med3dvlm.data.sources.spreadsheet import find_columns, read_table
 
-REPORT_COLUMNS = {"accession": "AccessionNumber", "text": "report"}  # of a table of reports; --columns names others
+# What a table of reports says -> the names under which it is looked for; `--columns` names others.
+REPORT_COLUMNS = {"accession": ("accession number", "accession"), "text": ("report", "text", "findings")}
 TAGS = ("PatientID", "StudyInstanceUID", "AccessionNumber", "SeriesInstanceUID", "Modality", "SeriesNumber")
 LAST_TAG = max(tag_for_keyword(name) for name in TAGS)
 HEADER_BYTES = (2**16, 2**22)  # what is read of a file: the tags above come early, but for large private elements
@@ -45,8 +49,8 @@ class Header:
 
     @property
     def label(self) -> str:
-        """Modality and number of the series: CT_003."""
-        modality = re.sub(r"[^A-Z]", "", self.modality.decode("ascii", "replace"))[:4] or "series"
+        """Modality and number of the series: CT_003. Anything else that stands in their place is not repeated."""
+        modality = self.modality.decode() if re.fullmatch(rb"[A-Z]{2}", self.modality) else "series"
         return f"{modality}_{int(self.number):03d}" if re.fullmatch(rb"\d{1,6}", self.number) else modality
 
 
@@ -58,7 +62,7 @@ def read_header(path: Path) -> Header | None:
     header = Header()
     for amount in HEADER_BYTES:
         try:
-            with decoding(path):
+            with parsing(path):
                 header = _parse(_beginning(path, amount))
         except VolumeError:
             continue  # the reader will say what is wrong with it
@@ -80,7 +84,7 @@ def _is_dicom_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
     if member.is_dir() or member.filename.rpartition("/")[2].upper() == "DICOMDIR":
         return False
     with archive.open(member) as stream:
-        return stream.read(132)[128:] == b"DICM"
+        return begins_as_dicom(stream.read(132))
 
 
 def holds_dicom(path: Path) -> bool:
@@ -109,20 +113,20 @@ def dicom_cases(files: list[Path], root: Path, options: SourceOptions) -> tuple[
     progress = tqdm(files, desc="reading headers", unit="file", disable=len(files) < 10_000)
     headers = {file: header for file in progress if (header := read_header(file)) is not None}
     headers = _with_strays(headers)
-    folders = {file: _first_folder(file, root) for file in headers}
-    by_folder = len({header.patient for header in headers.values()}) == 1 and len(set(folders.values())) > 1
+    folders = {file: first_folder(file, root) for file in headers}
+    by_folder = _one_patient_each(headers, folders)
     studies: dict[tuple[str, str, str], list[Path]] = defaultdict(list)
     for file, header in headers.items():
         split, folder = folders[file]
-        patient = folder.encode() if by_folder or not header.patient else header.patient
+        patient = as_bytes(folder) if by_folder or not header.patient else header.patient
         study = names("study", header.study or str(file.parent.relative_to(root)), 8)
         studies[split, names("patient", patient or header.study), study].append(file)
     texts = _texts(studies, root)
     cases = [
         Case(
             f"{group}/{study}",
-            _items(members, headers, names),
-            text=reports.get(headers[members[0]].accession),
+            _items(members, headers, names, root),
+            text=_report_of([headers[file].accession for file in members], reports),
             text_file=texts[split, group, study],
             group=group,
             split=split,
@@ -130,12 +134,37 @@ def dicom_cases(files: list[Path], root: Path, options: SourceOptions) -> tuple[
         )
         for (split, group, study), members in studies.items()
     ]
-    unused = reports.keys() - {header.accession for header in headers.values()}
-    notes = [f"{len(unused)} reports of the table belong to no study here"] if unused else []
+    notes = _about_unused(reports.keys(), {header.accession for header in headers.values()})
     if by_folder:
         count = len(set(folders.values()))
         notes.append(f"all DICOM headers name one patient: the {count} folders of the input are taken for patients")
     return cases, notes
+
+
+def _one_patient_each(headers: dict[Path, Header], folders: dict[Path, tuple[str, str]]) -> bool:
+    """Whether folders tell patients apart: all headers name the same one, and no study lies in two folders."""
+    places = {(header.study, folders[file]) for file, header in headers.items() if header.study}
+    return (
+        len({header.patient for header in headers.values()}) == 1
+        and len(set(folders.values())) > 1
+        and len(places) == len({study for study, _ in places})
+    )
+
+
+def _report_of(accessions: list[bytes], reports: dict[bytes, str]) -> str | None:
+    """The report of a study; where its images have several accession numbers, those of all."""
+    return " ".join(dict.fromkeys(reports[number] for number in accessions if number in reports)) or None
+
+
+def _about_unused(reports: Set[bytes], studies: Set[bytes]) -> list[str]:
+    """A note about the reports that have no study, by accession numbers; these stay untold."""
+    unused = reports - studies
+    if not unused:
+        return []
+    plain = {number.lstrip(b"0") for number in studies}
+    zeros = sum(number.lstrip(b"0") in plain for number in unused)
+    hint = f" ({zeros} would but for zeros in front: give the column as text)" if zeros else ""
+    return [f"{len(unused)} reports of the table belong to no study here{hint}"]
 
 
 def _with_strays(headers: dict[Path, Header]) -> dict[Path, Header]:
@@ -152,7 +181,7 @@ def _with_strays(headers: dict[Path, Header]) -> dict[Path, Header]:
     return mended
 
 
-def _first_folder(file: Path, root: Path) -> tuple[str, str]:
+def first_folder(file: Path, root: Path) -> tuple[str, str]:
     """The split that the first folder below the input names, if it does, and the folder of the patient, "" for none."""
     parts = list(file.relative_to(root).parts[:-1])
     split = SPLIT_NAMES.get(parts[0].lower(), "") if parts else ""
@@ -160,11 +189,12 @@ def _first_folder(file: Path, root: Path) -> tuple[str, str]:
     return split, parts[0] if parts else ""
 
 
-def _items(files: list[Path], headers: dict[Path, Header], names: Pseudonyms) -> tuple[Item, ...]:
+def _items(files: list[Path], headers: dict[Path, Header], names: Pseudonyms, root: Path) -> tuple[Item, ...]:
     """One item a series, or a zip. Equal labels within the study are told apart by a hash."""
     series: dict[bytes, list[Path]] = defaultdict(list)
     for file in files:
-        series[bytes(file) if file.suffix.lower() == ".zip" else headers[file].series].append(file)
+        zipped = file.suffix.lower() == ".zip"
+        series[bytes(file.relative_to(root)) if zipped else headers[file].series].append(file)
     labels = {key: headers[members[0]].label for key, members in series.items()}
     count = Counter(labels.values())
     items = []
@@ -198,10 +228,17 @@ def _reports(options: SourceOptions) -> dict[bytes, str]:
     """Accession number -> report, of the table that `--reports` names."""
     if options.reports is None:
         return {}
-    number, text = (options.columns.get(key, usual) for key, usual in REPORT_COLUMNS.items())
+    table = read_table(options.reports)
+    columns = find_columns(options.reports, table, REPORT_COLUMNS, options.columns, ("accession", "text"))
     reports: dict[bytes, str] = {}
-    for row in read_table(options.reports, (number, text)):
-        accession, report = row[number].strip().encode(), " ".join(row[text].split())
+    rows: dict[bytes, int] = {}
+    for number, row in enumerate(table, 1):
+        accession = row.get(columns["accession"], "").encode()
+        report = " ".join(row.get(columns["text"], "").split())
         if accession and report and reports.setdefault(accession, report) != report:
-            raise SourceError(f"{options.reports}: two reports for one {number}; join them, or leave one out")
+            raise SourceError(
+                f"{options.reports}: two reports for one {columns['accession']}, in the rows {rows[accession]} and "
+                f"{number}; join them, or leave one out"
+            )
+        rows.setdefault(accession, number)
     return reports

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from med3dvlm.data.sources.base import SourceError, SourceOptions
+from med3dvlm.data.sources.base import SourceError, SourceOptions, as_bytes
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Pseudonyms:
 
     def __call__(self, kind: str, name: str | bytes, length: int = 12) -> str:
         """`length` hexadecimal digits: the same for the same key, kind and name."""
-        name = name if isinstance(name, bytes) else name.encode()
+        name = name if isinstance(name, bytes) else as_bytes(name)
         return hmac.new(self.key, kind.encode() + b"|" + name, hashlib.sha256).hexdigest()[:length]
 
     @classmethod
@@ -38,8 +38,10 @@ class Pseudonyms:
                 os.link(temporary, path)  # fails where another shard was first: then its key counts
             except FileExistsError:
                 pass
+            except OSError:  # a file system without hard links
+                os.replace(temporary, path)
             finally:
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)
         try:
             key = bytes.fromhex(path.read_text().strip())
         except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 One row a volume, or a question about a volume. Everything that is wrong with the list is said before anything is done.
 """
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,24 +17,25 @@ from med3dvlm.data.sources.base import (
     SourceOptions,
     file_name,
     known_split,
-    read_table,
 )
 from med3dvlm.data.sources.pseudonyms import Pseudonyms, pseudonyms
+from med3dvlm.data.sources.spreadsheet import ENDINGS, find_columns, read_table
 from med3dvlm.data.sources.volumes import stem
 
-ENDINGS = (".csv", ".tsv", ".xlsx", ".jsonl", ".json")
-# What a list may say -> the names under which it is looked for, case aside. `--columns` names others.
+# What a list may say -> the names under which it is looked for, best first: a patient goes before a case, as patients
+# are what must not be divided. `--columns` names others.
 COLUMNS = {
-    "image": ("image", "image path", "image_path", "path", "volume", "file"),
-    "text": ("text", "report", "findings"),
+    "image": ("image", "image path", "path", "file", "file name", "file path", "volume"),
+    "text": ("report", "text", "findings"),
     "split": ("split", "set"),
-    "case": ("case", "case_id", "patient", "patient_id", "subject"),
+    "case": ("patient", "patient id", "subject", "subject id", "case", "case id"),
     "question": ("question",),
-    "question_type": ("question type", "question_type"),
+    "question_type": ("question type",),
     "answer": ("answer",),
-    "answer_choice": ("answer choice", "answer_choice"),
-    **{f"choice_{letter.lower()}": (f"choice {letter.lower()}", f"choice_{letter.lower()}") for letter in CHOICES},
+    "answer_choice": ("answer choice",),
+    **{f"choice_{letter.lower()}": (f"choice {letter.lower()}",) for letter in CHOICES},
 }
+NO_CHOICE = "NA"
 SHOWN = 20  # problems in an error
 
 
@@ -47,48 +49,61 @@ def read(root: Path, options: SourceOptions) -> Collection:
     Raises SourceError that lists the problems: columns, missing files, unknown splits, one case in two splits, two
     volumes of one name, a volume with two reports, questions without an answer.
     """
-    rows = read_table(root)
-    columns = _columns(root, rows, options.columns)
+    table = read_table(root)
+    if not table:
+        raise SourceError(f"{root}: lists no volume")
+    columns = find_columns(root, table, COLUMNS, options.columns, ("image",))
     problems: list[str] = []
     volumes: dict[str, dict[str, str]] = {}  # image -> what its rows say
-    rows = [{key: row.get(name, "").strip() for key, name in columns.items()} for row in rows]
+    rows = [_cells({key: row.get(name, "") for key, name in columns.items()}, root.absolute().parent) for row in table]
     for number, cells in enumerate(rows, start=1):
         _check_row(f"row {number}", cells, root, volumes, problems)
-    problems += _divided_cases(volumes)
+    _refuse(root, problems + _divided_cases(volumes))
     names = pseudonyms(options) if options.hash_ids else None
-    cases, images = _cases(root, volumes, names, problems)
+    cases, images = _cases(root, volumes, names)
     collection = Collection("list", root.parent, cases)
     if "case" not in columns:
         collection.notes.append("no column names the patient: each image is taken for a patient of its own")
+    unread = [name for name in dict.fromkeys(name for row in table for name in row) if name not in columns.values()]
+    if unread:
+        collection.notes.append(f"columns that are not read: {', '.join(unread)} (--columns gives them a meaning)")
     for cells in rows:
-        if cells.get("question") and cells["image"] in images:
+        if cells.get("question"):
             split = volumes[cells["image"]]["split"]
             collection.questions.setdefault(split, []).append(_question(cells, images[cells["image"]]))
-    if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise SourceError(f"{root}: {len(problems)} problems:\n  " + "\n  ".join(problems[:SHOWN]) + more)
-    if not cases:
-        raise SourceError(f"{root}: lists no volume")
     return collection
 
 
-def _columns(path: Path, rows: list[dict], named: dict[str, str]) -> dict[str, str]:
-    """What a list may say -> the column that says it."""
-    found = list(dict.fromkeys(key for row in rows for key in row))
-    key_of = {name: key for key, names in COLUMNS.items() for name in names}
-    named = {key_of.get(name, name): column for name, column in named.items()}
-    unknown = sorted(set(named) - set(COLUMNS))
-    if unknown:
-        raise SourceError(f"--columns: {', '.join(unknown)} is none of {', '.join(COLUMNS)}")
-    missing = [name for name in named.values() if name not in found]
-    columns = {key: next((c for c in found if c.strip().lower() in names), None) for key, names in COLUMNS.items()}
-    columns = {key: name for key, name in columns.items() if name is not None} | named
-    if missing or "image" not in columns:
-        wanted = ", ".join(missing) or f"image (or {', '.join(COLUMNS['image'][1:])})"
-        raise SourceError(
-            f"{path}: lacks the column {wanted}; it has {', '.join(found) or 'none'}. Name another with --columns"
-        )
-    return columns
+def _refuse(root: Path, problems: list[str]) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise SourceError(f"{root}: {len(problems)} problems:\n  " + "\n  ".join(problems[:SHOWN]) + more)
+
+
+def _cells(cells: dict[str, str], folder: Path) -> dict[str, str]:
+    """A row in one spelling: a file has one name, a report one line, an answer its words and its letter."""
+    cells["image"] = _one_name(cells["image"], folder)
+    cells["text"] = " ".join(cells.get("text", "").split())
+    texts = {letter: cells.get(f"choice_{letter.lower()}", "") for letter in CHOICES}
+    texts = {letter: text for letter, text in texts.items() if text not in ("", NO_CHOICE)}
+    letters = {text: letter for letter, text in reversed(texts.items())}
+    answer, letter = cells.get("answer", ""), cells.get("answer_choice", "") if texts else ""
+    if letter not in texts:  # missing, or the words of the choice
+        letter = letters.get(letter, letter) or letters.get(answer, answer if answer in texts else "")
+    if answer not in letters and answer in ("", letter):  # missing, or the letter
+        answer = texts.get(letter, "")
+    choices = {f"choice_{letter.lower()}": texts.get(letter, "") for letter in CHOICES}
+    return cells | choices | {"answer": answer, "answer_choice": letter}
+
+
+def _one_name(image: str, folder: Path) -> str:
+    """One name for one file: relative to the list where it lies below it; Windows may have written it."""
+    if not image:
+        return ""
+    if "\\" in image and not os.path.exists(folder / image):
+        image = image.replace("\\", "/")
+    path = Path(os.path.normpath(image))
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _check_row(where: str, cells: dict, root: Path, volumes: dict[str, dict], problems: list[str]) -> None:
@@ -98,8 +113,8 @@ def _check_row(where: str, cells: dict, root: Path, volumes: dict[str, dict], pr
         problems.append(f"{where}: names no image")
         return
     if image not in volumes:
-        if not (root.parent / image).exists():
-            problems.append(f"{where}: {image} does not exist")
+        if not os.path.exists(root.parent / image):  # false, too, for what can't be a name
+            problems.append(f"{where}: {image[:200]} does not exist")
         volumes[image] = {"text": "", "split": "", "case": "", "where": where}
     volume = volumes[image]
     try:
@@ -111,13 +126,15 @@ def _check_row(where: str, cells: dict, root: Path, volumes: dict[str, dict], pr
         if cells.get(key) and volume[key] and cells[key] != volume[key]:
             problems.append(f"{where}: {image} has another {key} than in {volume['where']}")
         volume[key] = volume[key] or cells.get(key, "")
+    letter, answer = cells["answer_choice"], cells["answer"]
     if cells.get("question"):
-        choices = [cells.get(f"choice_{letter.lower()}", "") for letter in CHOICES]
-        letter = cells.get("answer_choice", "")
-        if not cells.get("answer"):
+        choices = [cells[f"choice_{letter.lower()}"] for letter in CHOICES]
+        if not answer:
             problems.append(f"{where}: a question without an answer")
-        elif any(choices) and (letter not in CHOICES or choices[CHOICES.index(letter)] != cells["answer"]):
-            problems.append(f"{where}: answer_choice {letter!r} is not the choice {cells['answer']!r}")
+        elif any(choices) and (letter not in CHOICES or choices[CHOICES.index(letter)] != answer):
+            problems.append(f"{where}: answer_choice {letter!r} is not the choice {answer!r}")
+    elif answer:
+        problems.append(f"{where}: an answer without a question")
 
 
 def _divided_cases(volumes: dict[str, dict]) -> list[str]:
@@ -133,37 +150,37 @@ def _divided_cases(volumes: dict[str, dict]) -> list[str]:
     ]
 
 
-def _cases(
-    root: Path, volumes: dict[str, dict], names: Pseudonyms | None, problems: list[str]
-) -> tuple[list[Case], dict[str, str]]:
-    """The cases, and the result (without ending) of each image."""
+def _cases(root: Path, volumes: dict[str, dict], names: Pseudonyms | None) -> tuple[list[Case], dict[str, str]]:
+    """The cases, and the result (without ending) of each image. Raises SourceError where two would be one."""
     together: dict[tuple[str, str], list[str]] = defaultdict(list)
     texts: dict[str, set[str]] = defaultdict(set)
     for image, volume in volumes.items():
         group = volume["case"] or image
         together[group, volume["text"]].append(image)
         texts[group].add(volume["text"])
-    cases, images, owners = [], {}, {}
+    cases, images, owners, problems = [], {}, {}, []
     for (group, text), listed in together.items():
         first = volumes[listed[0]]
         folder = names("case", group) if names else file_name(first["case"] or stem(Path(group.replace("/", "_"))))
+        patient = folder if names else group
         if len(texts[group]) > 1:  # each report needs a folder
             folder += f"/{file_name(stem(Path(listed[0])))}" if not names else f"/{names('image', listed[0], 8)}"
         items = []
-        for number, image in enumerate(listed, 1):
-            name = f"volume_{number:03d}" if names else file_name(stem(Path(image)))
+        for image in listed:
+            name = names("image", image, 8) if names else file_name(stem(Path(image)))
             if owners.setdefault(f"{folder}/{name}", image) != image:
                 name = file_name(stem(Path(image.replace("/", "_"))))
             if owners.setdefault(f"{folder}/{name}", image) != image:
                 problems.append(f"{volumes[image]['where']}: its result {folder}/{name} is also that of another row")
             images[image] = f"{folder}/{name}"
             items.append(Item(root.parent / image, name))
-        cases.append(Case(folder, tuple(items), text=text or None, group=group, split=first["split"],
+        cases.append(Case(folder, tuple(items), text=text or None, group=patient, split=first["split"],
                           hidden=names is not None))  # fmt: skip
+    _refuse(root, problems)
     return cases, images
 
 
 def _question(cells: dict[str, str], image: str) -> Question:
-    choices = tuple(cells.get(f"choice_{letter.lower()}", "") for letter in CHOICES)
-    return Question(image, cells["question"], cells.get("answer", ""), cells.get("question_type", ""),
-                    choices if any(choices) else (), cells.get("answer_choice", ""))  # fmt: skip
+    choices = tuple(cells[f"choice_{letter.lower()}"] for letter in CHOICES)
+    return Question(image, cells["question"], cells["answer"], cells.get("question_type", "").removesuffix(".0"),
+                    choices if any(choices) else (), cells["answer_choice"])  # fmt: skip

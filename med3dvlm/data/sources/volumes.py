@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from med3dvlm.data.readers.dicom_header import is_dicom_file
 from med3dvlm.data.sources.base import (
     SPLIT_NAMES,
     Case,
@@ -21,7 +22,7 @@ from med3dvlm.data.sources.base import (
     SourceOptions,
     file_name,
 )
-from med3dvlm.data.sources.dicom import dicom_cases, holds_dicom
+from med3dvlm.data.sources.dicom import dicom_cases, first_folder, holds_dicom
 from med3dvlm.data.sources.pseudonyms import pseudonyms
 
 ENDINGS = (
@@ -44,6 +45,8 @@ def read(root: Path, options: SourceOptions) -> Collection:
         raise SourceError(f"{root}: holds no volume ({', '.join(ENDINGS)}, DICOM, folders of {', '.join(SLICES)})")
     scans = [path for path, dicom in found if dicom]
     files = [path for path, dicom in found if not dicom]
+    if options.reports and not scans:
+        raise SourceError(f"{root}: holds no DICOM, whose accession numbers --reports goes by; list the files instead")
     cases, notes = [], []
     if scans:
         options = replace(options, hash_ids=True)
@@ -52,7 +55,10 @@ def read(root: Path, options: SourceOptions) -> Collection:
         files = [path for path in files if not path.is_dir()]
         notes += [f"{len(pictures)} folders of pictures beside the DICOM files are left out"] if pictures else []
     if files:
-        cases += _file_cases(files, _common_folder(root, files), options)
+        top = _top(root, files)
+        if top != root:
+            notes.append("all volumes lie below one folder: what lies in it is taken for patients, each by itself")
+        cases += _file_cases(files, root, top, _patients(cases, root), options)
     return Collection("volumes", root, cases, notes=notes)
 
 
@@ -64,8 +70,17 @@ def stem(path: Path) -> str:
 
 
 def _found(root: Path) -> Iterator[tuple[Path, bool]]:
-    """(path, whether it is a file or zip of DICOM), in order. A folder of slices is one thing."""
-    for folder, folders, names in os.walk(root):
+    """(path, whether it is a file or zip of DICOM), in order. A folder of slices is one thing.
+
+    Links to folders are followed, but no folder is read twice.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
         known = {name for name in names if name.lower().endswith(ENDINGS)}
@@ -77,34 +92,41 @@ def _found(root: Path) -> Iterator[tuple[Path, bool]]:
                 if not (ending and f"{head}.hdr{gz}" in known):  # otherwise the header stands for both
                     path = Path(folder, name)
                     yield path, path.suffix.lower() == ".zip" and holds_dicom(path)
-            elif not name.lower().endswith(SLICES + OTHER) and _is_dicom(os.path.join(folder, name)):
+            elif not name.lower().endswith(SLICES + OTHER) and is_dicom_file(os.path.join(folder, name)):
                 yield Path(folder, name), True
 
 
-def _is_dicom(path: str) -> bool:
-    from med3dvlm.data.readers.dicom_header import is_dicom_file
+def _top(root: Path, paths: list[Path]) -> Path:
+    """The folder of the patients: the deepest that holds everything, as `input/images/<patient>` is quite usual.
 
-    return is_dicom_file(path)
-
-
-def _common_folder(root: Path, paths: list[Path]) -> Path:
-    """The deepest folder that holds everything, so that `input/images/<patient>` is as good as `input/<patient>`."""
-    parents = [path.parent for path in paths]
-    return Path(os.path.commonpath(parents)) if len(paths) > 1 else root
-
-
-def _split_and_group(path: Path, top: Path) -> tuple[str, str]:
-    """The split that the first folder names, if it does, and the folder of the patient."""
-    parts = path.relative_to(top).parts
-    split = SPLIT_NAMES.get(parts[0].lower(), "") if len(parts) > 1 else ""
-    parts = parts[1:] if split else parts
-    return split, parts[0] if len(parts) > 1 else stem(path)
+    Not one with a report, which is a case, nor one that is named like a split.
+    """
+    top = root
+    common = os.path.commonpath([path.parent for path in paths]) if len(paths) > 1 else root
+    for part in Path(common).relative_to(root).parts:
+        if part.lower() in SPLIT_NAMES or (top / part / "text.txt").is_file():
+            break
+        top = top / part
+    return top
 
 
-def _file_cases(files: list[Path], top: Path, options: SourceOptions) -> list[Case]:
+def _patients(cases: list[Case], root: Path) -> dict[str, str]:
+    """First folder -> patient, where DICOM in it is of one: other files beside it are that patient's, too."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for case in cases:
+        for item in case.items:
+            for file in item.files or (item.path,):
+                found[first_folder(file, root)[1]].add(case.group)
+    return {folder: groups.pop() for folder, groups in found.items() if folder and len(groups) == 1}
+
+
+def _file_cases(
+    files: list[Path], root: Path, top: Path, patients: dict[str, str], options: SourceOptions
+) -> list[Case]:
+    """The cases of files that are no DICOM. patients: first folder below the root -> patient, as far as it is known."""
     together: dict[tuple[Path, Path | None], list[Path]] = defaultdict(list)
     for path in files:
-        own = path.with_name(f"{stem(path)}.txt")
+        own = path / "text.txt" if path.is_dir() else path.with_name(f"{stem(path)}.txt")
         parts = path.relative_to(top).parts
         alone = own.is_file() or len(parts) == 1 or (len(parts) == 2 and parts[0].lower() in SPLIT_NAMES)
         folder = path.with_name(stem(path)) if alone else path.parent
@@ -112,19 +134,22 @@ def _file_cases(files: list[Path], top: Path, options: SourceOptions) -> list[Ca
     names = pseudonyms(options) if options.hash_ids else None
     cases = []
     for (folder, text), paths in together.items():
-        split, group = _split_and_group(paths[0], top)
-        below = folder.relative_to(top).parts or (top.name,)
-        target = names("case", str(folder)) if names else "/".join(file_name(part) for part in below)
-        called = _distinct(paths, bool(names))
+        split, group = first_folder(paths[0], top)
+        group = group or stem(paths[0])
+        if names:
+            target = names("case", str(folder.relative_to(root)))
+            called = [names("image", str(path.relative_to(root)), 8) for path in paths]
+            group = patients.get(first_folder(paths[0], root)[1]) or names("patient", group)
+        else:
+            target = "/".join(file_name(part) for part in folder.relative_to(top).parts or (top.name,))
+            called = _distinct(paths)
         items = tuple(Item(path, name) for path, name in zip(paths, called, strict=True))
         cases.append(Case(target, items, text_file=text, group=group, split=split, hidden=bool(names)))
     return cases
 
 
-def _distinct(paths: list[Path], numbered: bool) -> list[str]:
+def _distinct(paths: list[Path]) -> list[str]:
     """Names for the volumes of a case; equal ones (a.nii.gz, a.nrrd) get the ending too."""
-    if numbered:
-        return [f"volume_{number:03d}" for number in range(1, len(paths) + 1)]
     names = [file_name(stem(path)) for path in paths]
     count = Counter(names)
     return [name if count[name] == 1 else file_name(path.name) for name, path in zip(names, paths, strict=True)]

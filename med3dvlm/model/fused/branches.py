@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from med3dvlm.model.fused.axes import AXES, AxisSum, as_2d, batch_norms, convolutions, images, kernels_of
+from med3dvlm.model.fused.native import kernels as native
 
 PARAMETERS = 12  # of a layer
 
@@ -60,10 +61,11 @@ class Branches:
             outputs[axis] = y.movedim(1, -1).reshape(*x.shape[:-1], -1).contiguous()
         return outputs
 
-    def statistics(self, z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Branch outputs -> their mean and biased variance, [3, C'] each."""
+    def measure(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Branch outputs as of `convolve`, their mean and their biased variance, [3, C'] each."""
+        z = self.convolve(x)
         means, variances = zip(*(mean_and_variance(z[axis], self.weights[axis].dtype) for axis in AXES), strict=True)
-        return torch.stack(means), torch.stack(variances)
+        return z, torch.stack(means), torch.stack(variances)
 
     def normalised_sum(self, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor) -> Tensor:
         """Branch outputs -> the sum of their batch norms, [B, D, H, W, C']."""
@@ -92,6 +94,68 @@ class Branches:
         back = {axis: transposed(kernel, self.groups) for axis, kernel in self.kernels.items()}
         dx = AxisSum(back, None, dy.dtype, self.groups, shared_input=False).of(dz)
         return dx, [*d_kernels, *(torch.zeros_like(bias) for bias in self.biases.values()), *d_weights, *d_shifts]
+
+
+class NativeBranches(Branches):
+    """The same by the C++ kernels: dense kernels of length 3 and depth-wise ones, float32 or bfloat16.
+
+    The forward pass of dense float32 kernels stays with oneDNN: Winograd's rounding is half as large again as that of
+    the plain code, which is harmless in a gradient but decides more near ties of max pooling the other way.
+    """
+
+    def convolve(self, x: Tensor) -> dict[str, Tensor]:
+        if self._exact(x):
+            return super().convolve(x)
+        return {axis: native.convolve(x, native.prepare(self.kernels[axis]), axis) for axis in AXES}
+
+    def measure(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        if self._exact(x):
+            return super().measure(x)
+        channels, count = len(self.kernels["h"]), x[..., 0].numel()
+        sums = torch.zeros(len(AXES), 2, channels, dtype=torch.float64)
+        weights = {axis: native.prepare(kernel) for axis, kernel in self.kernels.items()}
+        z = {axis: native.convolve(x, weights[axis], axis, sums=sums[i]) for i, axis in enumerate(AXES)}
+        mean, square = (sums / count).unbind(1)  # [3, C']
+        dtype = self.weights["h"].dtype
+        return z, mean.to(dtype), (square - mean.square()).clamp(min=0).to(dtype)
+
+    def normalised_sum(self, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor) -> Tensor:
+        scale = self._stacked(self.weights) * inverse_std  # [3, C']
+        shift = (self._stacked(self.shifts) - scale * mean).sum(0)
+        return native.normalised_sum([z[axis] for axis in AXES], scale.float(), shift.float())
+
+    def backward(
+        self, dy: Tensor, x: Tensor, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        count, dtype = x[..., 0].numel(), inverse_std.dtype
+        mean, inverse_std = mean.double(), inverse_std.double()
+        total, *with_z = native.gradient_sums(dy, [z[axis] for axis in AXES], mean.float())
+        d_weights = inverse_std * torch.stack(with_z)  # [3, C']
+        scale = self._stacked(self.weights) * inverse_std
+        of_z = -scale * inverse_std * d_weights / count
+        affine = torch.stack([scale, of_z, -scale * total / count - of_z * mean], dim=1).float()  # [3, 3, C']
+        dx, d_kernels = None, []
+        for i, axis in enumerate(AXES):  # the gradient of a branch's output is affine[i] of dy and z
+            kernel, gradient, combined = self.kernels[axis], dy, (z[axis], affine[i])
+            if self.groups > 1:
+                gradient, combined = native.combine(dy, *combined), None
+            d_kernels.append(native.kernel_gradient(x, gradient, kernel, axis, combined))
+            back = native.prepare(transposed(kernel, self.groups))
+            dx = native.convolve(gradient, back, axis, add_to=dx, combined=combined)
+        no_effect = [torch.zeros_like(bias) for bias in self.biases.values()]
+        return dx, [*d_kernels, *no_effect, *d_weights.to(dtype), *[total.to(dtype)] * len(AXES)]
+
+    def _exact(self, x: Tensor) -> bool:
+        return self.groups == 1 and x.dtype == torch.float32
+
+    def _stacked(self, of_axes: dict[str, Tensor]) -> Tensor:
+        return torch.stack([of_axes[axis] for axis in AXES])
+
+
+def branches_of(groups: int, parameters: tuple[Tensor, ...]) -> Branches:
+    """The fastest `Branches` for these parameters."""
+    kernel = parameters[0]
+    return (NativeBranches if native.take(kernel.dtype, kernel, groups) else Branches)(groups, parameters)
 
 
 def mean_and_variance(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

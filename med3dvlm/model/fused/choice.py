@@ -5,6 +5,7 @@
     encoder.fused = "off"       the plain code
     set_fused(model, "auto")    for every encoder inside a model
     MED3DVLM_FUSED=0            the plain code everywhere in this process
+    MED3DVLM_FUSED=torch        fused paths, but without the compiled kernels of `native` on CPU
 
 A path is a class that folds weights for inference and a function for a step of training. What it cannot take goes to
 the plain code, and the log says so once per reason.
@@ -45,13 +46,16 @@ def choose(encoder: nn.Module, volume: Tensor) -> Callable[[Tensor], list[Tensor
         return None
     if volume.device.type != "cpu" and encoder.fused == "cpu":
         return None
-    dtype = compute_dtype(encoder, volume)
     tensors, reason = plain_tensors(encoder)
-    reason = reason or refusal_of_mode(encoder, volume, dtype, tensors) or refusal_of_device(encoder, volume, dtype)
+    if not reason:
+        dtype = compute_dtype(encoder, volume)
+        reason = refusal_of_mode(encoder, volume, dtype, tensors) or refusal_of_device(encoder, volume, dtype)
     if reason:
-        _log_once(reason)
+        _log_once(f"DCFormer takes its plain path: {reason}")
         return None
     if volume.device.type == "cpu":
+        if encoder.fused == "auto":
+            _log_once("DCFormer: no GPU, so no Triton kernels; the CPU's fused path is taken")
         fold, train = inference.FoldedEncoder, training.encode
     else:
         from med3dvlm.model.fused import triton_encoder  # Triton need not be installed
@@ -117,15 +121,15 @@ def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
             return tensors, "the weights are sharded"
         if tensor.is_inference():
             return tensors, "the weights were made in inference mode, where changes cannot be noticed"
-    return tensors, ""
+    return tensors, "" if next(encoder.parameters(), None) is not None else "the weights are replicas"
 
 
 _TORCH_LAYERS = {nn.ModuleDict, nn.Sequential, nn.Identity, nn.MaxPool3d, nn.Linear, nn.GELU}
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
-    logger.info("DCFormer takes its plain path: %s", reason)
+def _log_once(message: str) -> None:
+    logger.info(message)
 
 
 @dataclass

@@ -2,16 +2,19 @@
 
 Against the plain formulation: the stem's first two layers are one (`stem`), the three centre taps of a dense layer are
 one tap, a sum of three branches is one buffer to which each convolution adds, GELU and layer scale and the residual
-connection belong to the point-wise layers. Results differ from the plain ones by rounding only.
+connection belong to the point-wise layers. In float32, C++ kernels (`native`) take the stem's later layers and the
+feed-forward parts where there is a compiler. Results differ from the plain ones by rounding only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.model.fused import onednn, stem
-from med3dvlm.model.fused.axes import AxisSum, kernels_of
+from med3dvlm.model.fused import feed_forward, stem
+from med3dvlm.model.fused.axes import AxisSum, NativeSum, dense_sum, kernels_of
 
 
 class FoldedBlock:
@@ -19,12 +22,10 @@ class FoldedBlock:
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         kernels, bias = folded_branches(block.dwconv)
-        expand, contract, scale = block.mlp.mlp[0], block.mlp.mlp[3], block.scale.double()
         self.pool = block.pool
-        self.proj = None if block.proj is None else pointwise(block.proj.weight.flatten(1), None, dtype)
-        self.dwconv = AxisSum(kernels, bias, dtype, groups=len(scale))
-        self.expand = pointwise(expand.weight, expand.bias, dtype)
-        self.contract = pointwise(scale[:, None] * contract.weight.double(), scale * contract.bias.double(), dtype)
+        self.proj = None if block.proj is None else feed_forward.pointwise(block.proj.weight.flatten(1), None, dtype)
+        self.dwconv = AxisSum(kernels, bias, dtype, groups=len(block.scale))
+        self.feed_forward = feed_forward.folded(block, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, D, H, W, C] -> [B, D', H', W', C'], a new tensor."""
@@ -33,8 +34,7 @@ class FoldedBlock:
         else:
             x = self.pool(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # [B, D', H', W', C]
             x = self.proj(x.flatten(1, 2)).unflatten(1, x.shape[1:3])  # [B, D', H', W', C']
-        inner = self.expand(self.dwconv(x).flatten(1, 2), gelu=True)  # [B, D' * H', W', ratio * C']
-        self.contract.add_to(x.flatten(1, 2), inner)
+        self.feed_forward.add_to(x, self.dwconv(x))
         return x
 
 
@@ -58,28 +58,28 @@ class FoldedEncoder:
         x = stem.columns(volume, self.dtype)  # [B, D', H', W', 20]
         for layer in self.stem:
             x = layer(x)  # [B, D', H', W', C]
-        hidden_states = [x]
-        for blocks in self.stages:
-            for block in blocks:
-                x = block(x)  # [B, D', H', W', C]
-            hidden_states.append(x)
-        return [state.flatten(1, 3) for state in hidden_states]
+        return through_stages(x, self.stages)
 
 
-def folded_stem(layers: nn.Sequential, dtype: torch.dtype) -> list[AxisSum]:
+def through_stages(x: Tensor, stages: Iterable[Iterable[Callable[[Tensor], Tensor]]]) -> list[Tensor]:
+    """The stem's result [B, D', H', W', C] and the blocks of each stage -> hidden states [B, D' * H' * W', C]."""
+    hidden_states = [x]
+    for blocks in stages:
+        for block in blocks:
+            x = block(x)  # [B, D', H', W', C]
+        hidden_states.append(x)
+    return [state.flatten(1, 3) for state in hidden_states]
+
+
+def folded_stem(layers: nn.Sequential, dtype: torch.dtype) -> list[AxisSum | NativeSum]:
     """Three layers instead of four, the first over `stem.columns`."""
     first = stem.first_layer(stem.tap_rows(layers[0]), stem.running_affine(layers[0]))
     kernels, bias = stem.normalised(stem.second_layer(layers[1], first), stem.running_affine(layers[1]))
-    folded = [AxisSum(stem.constant_into_columns(kernels, bias), None, dtype)]
-    return folded + [AxisSum(*folded_branches(layer), dtype) for layer in layers[2:]]
+    folded = [dense_sum(stem.constant_into_columns(kernels, bias), None, dtype)]
+    return folded + [dense_sum(*folded_branches(layer), dtype) for layer in layers[2:]]
 
 
 def folded_branches(layer: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     """A decomposed layer with its batch norms folded: kernels [C', C / groups, k] per axis, bias [C'], float64."""
     kernels = {axis: kernel.double() for axis, kernel in kernels_of(layer).items()}
     return stem.normalised(kernels, stem.running_affine(layer))
-
-
-def pointwise(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> onednn.Conv:
-    """A linear layer with weight [C', C]."""
-    return onednn.Conv(weight[..., None, None], bias, dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from med3dvlm.model.fused.axes import AXES
+from med3dvlm.model.fused.native import kernels as native
 
 CHUNKS = 64
 
@@ -29,14 +30,14 @@ class Moments(NamedTuple):
 def along_axes(x: Tensor) -> Moments:
     """Moments of [B, D, H, W, C]."""
     count, channels = x[..., 0].numel(), x.shape[-1]
-    x = x.double()
-    total, here = x.sum((0, 1, 2, 3)), product(x.reshape(-1, channels), x.reshape(-1, channels))
+    x = x if native.take_places(x) else x.double()
+    total, here = x.sum((0, 1, 2, 3), dtype=torch.float64), product(x.reshape(-1, channels), x.reshape(-1, channels))
     means, seconds = {}, {}
     for axis in AXES:
         dim = {"d": 1, "h": 2, "w": 3}[axis]
         lines = x.flatten(0, dim - 1).flatten(2, -2) if axis != "w" else x.flatten(0, 2).unsqueeze(2)  # [N, size, M, C]
         first, last = lines[:, 0].reshape(-1, channels), lines[:, -1].reshape(-1, channels)
-        means[axis] = torch.cat([total - last.sum(0), total, total - first.sum(0)]) / count
+        means[axis] = torch.cat([total - last.double().sum(0), total, total - first.double().sum(0)]) / count
         one, two = along_lines(lines, 1), along_lines(lines, 2)
         rows = [
             [here - product(last, last), one, two],
@@ -54,14 +55,16 @@ def along_lines(lines: Tensor, step: int) -> Tensor:
     """
     _, size, inner, channels = lines.shape
     if size <= step:
-        return lines.new_zeros(channels, channels)
+        return lines.new_zeros(channels, channels, dtype=torch.float64)
     flat, distance = lines.reshape(-1, channels), step * inner
     across = product(lines[:-1, size - step :].reshape(-1, channels), lines[1:, :step].reshape(-1, channels))
     return product(flat[:-distance], flat[distance:]) - across
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a' b of [P, C] twice -> [C, C], in partial sums that make a batched product."""
+    """a' b of [P, C] twice -> [C, C] in float64, without a kernel in partial sums that make a batched product."""
+    if native.take_places(a):
+        return native.second_moments(a, b)
     length = len(a) // CHUNKS * CHUNKS
     chunked = [t[:length].reshape(CHUNKS, -1, t.shape[-1]) for t in (a, b)]
     return torch.bmm(chunked[0].transpose(1, 2), chunked[1]).sum(0) + a[length:].T @ b[length:]

@@ -20,12 +20,8 @@ from med3dvlm.model.fused.axes import batch_norms, convolutions, kernels_of
 
 STRIDE, TAPS = 4, 7
 VALID = 19  # the column that is 1
-# Which column holds which tap of the first layer, per axis; column 3 is the centre.
-COLUMNS = {
-    "h": [7, 8, 9, 3, 10, 11, 12],
-    "w": [0, 1, 2, 3, 4, 5, 6],
-    "d": [13, 14, 15, 3, 16, 17, 18],
-}
+CENTRE = 3  # the column that the three axes share
+SIDES = {"w": (0, 4), "h": (7, 10), "d": (13, 16)}  # where the three taps before the centre start, and those after it
 
 
 class Affine(NamedTuple):
@@ -54,9 +50,9 @@ def tap_rows(layer: nn.Module) -> dict[str, Tensor]:
     """The kernels of the stem's first layer as rows [C, 20] over the columns, per axis, float64."""
     rows = {}
     for axis, kernel in kernels_of(layer).items():
-        taps = kernel[:, 0].double()  # [C, 7]
-        index = torch.tensor(COLUMNS[axis], device=taps.device)
-        rows[axis] = taps.new_zeros(len(taps), VALID + 1).index_copy(1, index, taps)
+        taps, (before, after) = kernel[:, 0].double(), SIDES[axis]  # [C, 7]
+        rows[axis] = row = taps.new_zeros(len(taps), VALID + 1)
+        row[:, before : before + 3], row[:, CENTRE], row[:, after : after + 3] = taps[:, :3], taps[:, 3], taps[:, 4:]
     return rows
 
 

@@ -6,26 +6,32 @@ Against the plain formulation:
 - a sum of three normalised branches is one node of the graph, which keeps its input and the branches' outputs, or in a
   block the input alone: depth-wise convolutions are cheap to repeat;
 - the feed-forward part keeps its inner values before GELU, not those after;
-- max pooling keeps its places in 32 bits, and not its input.
+- max pooling keeps its places in 32 bits, and not its input;
+- convolutions, batch norms and the feed-forward part are C++ kernels where there are some (`native`).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from med3dvlm.model.fused import moments, stem
+from med3dvlm.model.fused import feed_forward, moments, stem
 from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions
 from med3dvlm.model.fused.branches import (
     PARAMETERS,
     Branches,
+    branches_of,
     kernel_gradient,
     parameters_of,
     transposed,
     update_running,
 )
+from med3dvlm.model.fused.inference import through_stages
+from med3dvlm.model.fused.native import kernels as native
 
 _without_autocast = torch.autocast("cpu", enabled=False)
 
@@ -36,12 +42,8 @@ def encode(encoder: nn.Module, dtype: torch.dtype, volume: Tensor) -> list[Tenso
         first, second, *others = encoder.encoder["s0"][0]
         x = stem_start(first, second, stem.columns(volume, dtype))  # [B, D', H', W', C]
         x = DenseLayers.apply(x, others, *(p for layer in others for p in parameters_of(layer, dtype)))
-        hidden_states = [x]
-        for name in list(encoder.encoder)[1:]:
-            for block in encoder.encoder[name]:
-                x = run_block(block, x, dtype)  # [B, D', H', W', C]
-            hidden_states.append(x)
-    return [state.flatten(1, 3) for state in hidden_states]
+        stages = list(encoder.encoder.values())[1:]
+        return through_stages(x, ([partial(run_block, block, dtype) for block in blocks] for blocks in stages))
 
 
 def stem_start(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def batch_affine(layer: nn.Module, stats: dict[str, tuple[Tensor, Tensor]], coun
     return affine
 
 
-def run_block(block: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def run_block(block: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
     """[B, D, H, W, C] -> [B, D', H', W', C'] in the residual stream's dtype, that of the plain code."""
     if block.proj is not None:
         project = PoolAndProject.apply if isinstance(block.pool, nn.MaxPool3d) else F.linear
@@ -80,13 +82,15 @@ def run_block(block: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     return ResidualBlock.apply(x, block.dwconv, block.scale, *mlp, *parameters_of(block.dwconv, dtype))
 
 
-def normalise(branches: Branches, z: dict[str, Tensor], layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Branch outputs -> the sum of their batch norms [B, D, H, W, C'], and mean and 1 / std [3, C'] of the batch."""
-    mean, var = branches.statistics(z)
+def normalise(
+    branches: Branches, x: Tensor, layer: nn.Module
+) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
+    """[B, D, H, W, C] -> branch outputs, the sum of their batch norms [B, D, H, W, C'], and (mean, 1 / std) [3, C']."""
+    z, mean, var = branches.measure(x)
     for i, axis in enumerate(AXES):
         update_running(layer, axis, mean[i], var[i], z[axis][..., 0].numel())
     inverse_std = (var + batch_norms(layer)["h"].eps).rsqrt()
-    return branches.normalised_sum(z, mean, inverse_std), mean, inverse_std
+    return z, branches.normalised_sum(z, mean, inverse_std), (mean, inverse_std)
 
 
 class SumOfConvolutions(torch.autograd.Function):
@@ -95,7 +99,8 @@ class SumOfConvolutions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *kernels: Tensor) -> Tensor:
         ctx.save_for_backward(x, *kernels)
-        return AxisSum(dict(zip(AXES, kernels, strict=True)), None, x.dtype)(x)
+        kernels = dict(zip(AXES, kernels, strict=True))
+        return AxisSum(kernels, None, x.dtype)(x)
 
     @staticmethod
     @once_differentiable
@@ -105,7 +110,10 @@ class SumOfConvolutions(torch.autograd.Function):
         kernels, dy, dx = dict(zip(AXES, kernels, strict=True)), dy.contiguous(), None
         if ctx.needs_input_grad[0]:
             dx = AxisSum({axis: transposed(kernel) for axis, kernel in kernels.items()}, None, dy.dtype)(dy)
-        return dx, *(kernel_gradient(dy, x, kernel, axis) for axis, kernel in kernels.items())
+        gradients = (kernel_gradient(dy, x, kernel, axis) for axis, kernel in kernels.items())
+        if native.take(x.dtype, kernels["h"], groups=1):
+            gradients = (native.kernel_gradient(x, dy, kernel, axis) for axis, kernel in kernels.items())
+        return dx, *gradients
 
 
 class DenseLayers(torch.autograd.Function):
@@ -118,8 +126,7 @@ class DenseLayers(torch.autograd.Function):
     def forward(ctx, x: Tensor, layers: list[nn.Module], *parameters: Tensor) -> Tensor:
         kept = [x]
         for layer, branches in zip(layers, _each(parameters), strict=True):
-            z = branches.convolve(x)
-            x, *stats = normalise(branches, z, layer)
+            z, x, stats = normalise(branches, x, layer)
             kept += [*z.values(), *stats]
         ctx.save_for_backward(*kept, *parameters)
         ctx.kept = len(kept)
@@ -144,7 +151,7 @@ class DenseLayers(torch.autograd.Function):
 
 def _each(parameters: tuple[Tensor, ...]) -> list[Branches]:
     """Dense layers one after the other, from their parameters in a row."""
-    return [Branches(1, parameters[i : i + PARAMETERS]) for i in range(0, len(parameters), PARAMETERS)]
+    return [branches_of(1, parameters[i : i + PARAMETERS]) for i in range(0, len(parameters), PARAMETERS)]
 
 
 class PoolAndProject(torch.autograd.Function):
@@ -178,29 +185,21 @@ class ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module, scale: Tensor, *parameters: Tensor) -> Tensor:
-        (expand, expand_bias, contract, contract_bias), branches = parameters[:4], Branches(len(scale), parameters[4:])
-        source, factor = x.to(expand.dtype), scale.to(expand.dtype)
-        y, *stats = normalise(branches, branches.convolve(source), layer)
-        inner = F.linear(y, expand, expand_bias)  # [B, D, H, W, ratio * C]
-        outer = F.linear(F.gelu(inner), factor[:, None] * contract, factor * contract_bias)
+        mlp, branches = parameters[:4], branches_of(len(scale), parameters[4:])
+        source = x.to(mlp[0].dtype)
+        _, y, stats = normalise(branches, source, layer)
+        out, inner = feed_forward.forward(x, y, scale, mlp)
         ctx.save_for_backward(source, inner, *stats, scale, *parameters)
-        return outer.to(x.dtype).add_(x)
+        return out
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx, dy: Tensor):
         source, inner, mean, inverse_std, scale, *parameters = ctx.saved_tensors
-        (expand, _, contract, contract_bias), branches = parameters[:4], Branches(len(scale), parameters[4:])
-        factor = scale.to(expand.dtype)
-        d_outer, inner = dy.to(expand.dtype).flatten(0, 3), inner.flatten(0, 3)  # [P, C], [P, ratio * C]
-        product = (F.gelu(inner).T @ d_outer).T  # [C, ratio * C], for the gradients of `contract` and of the scale
-        total = d_outer.sum(0, dtype=mean.dtype)  # [C]
-        d_scale = (product * contract).sum(1, dtype=mean.dtype) + total * contract_bias
-        d_inner = torch.ops.aten.gelu_backward(d_outer @ (factor[:, None] * contract), inner)  # [P, ratio * C]
-        z = branches.convolve(source)
-        y = branches.normalised_sum(z, mean, inverse_std).flatten(0, 3)  # [P, C]
-        d_branches = (d_inner @ expand).reshape(source.shape)
-        dx, gradients = branches.backward(d_branches, source, z, mean, inverse_std)
-        d_mlp = (d_inner.T @ y, d_inner.sum(0), factor[:, None] * product, (scale * total).to(expand.dtype))
+        mlp, branches = parameters[:4], branches_of(len(scale), parameters[4:])
+        z, dy = branches.convolve(source), dy.contiguous()
+        y = branches.normalised_sum(z, mean, inverse_std)
+        d_branches, d_scale, d_mlp = feed_forward.backward(dy, y, inner, scale, mlp)
+        dx, gradients = branches.backward(d_branches.reshape(source.shape), source, z, mean, inverse_std)
         return dy + dx, None, d_scale.to(scale.dtype), *d_mlp, *gradients

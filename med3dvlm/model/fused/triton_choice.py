@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def refusal(encoder: nn.Module, volume: Tensor, dtype: torch.dtype) -> str:
         return f"no Triton kernels for {dtype}"
     if torch.cuda.get_device_capability(volume.device) < CAPABILITY:
         return "the GPU is older than compute capability {}.{}".format(*CAPABILITY)
-    return oversize(encoder, volume)
+    return oversize(encoder, volume) or failure(volume.device)
 
 
 def oversize(encoder: nn.Module, volume: Tensor) -> str:
@@ -31,3 +33,18 @@ def oversize(encoder: nn.Module, volume: Tensor) -> str:
     for size in volume.shape[2:]:
         positions *= (size - 1) // 4 + 1
     return f"volumes of {tuple(volume.shape[2:])} are too large" if positions * max(encoder.channels) >= 2**31 else ""
+
+
+@functools.cache
+def failure(device: torch.device) -> str:
+    """Why no kernel runs on this GPU, found by running one; empty if it does.
+
+    Triton may be there and useless: it needs a C compiler and Python's headers, and a version that knows the GPU.
+    """
+    try:
+        from med3dvlm.model.fused import triton_tuning
+
+        triton_tuning.try_out(device)
+    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
+        return f"Triton does not work here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    return ""

@@ -1,17 +1,17 @@
 """The encoder on a GPU: the composed stem and all decomposed convolutions in Triton, the rest by `torch.compile`.
 
 The same algebra as on a CPU (`stem`): the stem's first two layers are one dense layer over 20 columns, batch norms are
-folded into taps, three branches are one pass. What is left is point-wise, products, and pooling: products stay with
-cuBLAS, pooling with torch, and the compiler fuses the point-wise parts around them. On a CPU, where the kernels run
-in Triton's interpreter for tests, nothing is compiled.
+folded into taps, three branches are one pass, and so is the feed-forward part of the narrower levels
+(`triton_feed_forward`). Other products stay with cuBLAS, pooling with torch, and the compiler fuses point-wise parts.
+On a CPU, where the kernels run in Triton's interpreter for tests, nothing is compiled.
 
 Shapes: B batch, D, H, W a level's grid, C channels; axes in the order h, w, d.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from med3dvlm.model.fused import moments, stem
 from med3dvlm.model.fused.axes import AXES, batch_norms, convolutions, kernels_of
 from med3dvlm.model.fused.branches import update_running
-from med3dvlm.model.fused.inference import folded_branches
+from med3dvlm.model.fused.inference import folded_branches, through_stages
 from med3dvlm.model.fused.training import batch_affine
+from med3dvlm.model.fused.triton_feed_forward import Mlp, feed_forward
 from med3dvlm.model.fused.triton_sums import NormalisedSum, accumulator, axis_sum, for_kernels, merge_centres
+from med3dvlm.model.fused.triton_tuning import compiled_for
 
 SAMPLES = 8  # whose columns are held in float64 at a time
 
@@ -33,12 +35,12 @@ class FoldedSum:
     Args:
         kernels: [C', C / groups, k] per axis.
         bias: [C'].
-        like: a tensor of the dtype of the arithmetic.
+        dtype: of the arithmetic.
     """
 
-    def __init__(self, kernels: dict[str, Tensor], bias: Tensor, like: Tensor):
-        self.taps = for_kernels(merge_centres(stacked(kernels)), like)
-        self.bias = bias.to(accumulator(like))
+    def __init__(self, kernels: dict[str, Tensor], bias: Tensor, dtype: torch.dtype):
+        self.taps = for_kernels(merge_centres(stacked(kernels)), dtype)
+        self.bias = bias.to(accumulator(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, D, H, W, C] -> [B, D, H, W, C']."""
@@ -57,30 +59,23 @@ class FoldedEncoder:
     def __init__(self, encoder: nn.Module, dtype: torch.dtype):
         self.dtype = dtype
         first, second, *others = encoder.encoder["s0"][0]
-        like = first.c1[0].weight.new_empty(0, dtype=dtype)
         matrix = stem.first_layer(stem.tap_rows(first), stem.running_affine(first))
         composed = stem.normalised(stem.second_layer(second, matrix), stem.running_affine(second))
-        self.stem = [FoldedSum(*composed, like), *(FoldedSum(*folded_branches(layer), like) for layer in others)]
+        self.stem = [FoldedSum(*composed, dtype), *(FoldedSum(*folded_branches(layer), dtype) for layer in others)]
         stages = [encoder.encoder[name] for name in encoder.encoder if name != "s0"]
-        self.stages = [[self._folded(block, like) for block in blocks] for blocks in stages]
+        self.stages = [[self._folded(block) for block in blocks] for blocks in stages]
 
-    def _folded(self, block: nn.Module, like: Tensor) -> Callable[[Tensor], Tensor]:
-        mix = FoldedSum(*folded_branches(block.dwconv), like)
+    def _folded(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        mix = FoldedSum(*folded_branches(block.dwconv), self.dtype)
         proj = None if block.proj is None else block.proj.weight.flatten(1).to(self.dtype)
-        mlp = [tensor.to(self.dtype) for tensor in scaled_mlp(block, torch.float64)]
-        return functools.partial(run_block, block.pool, proj, mix, mlp, self.dtype)
+        return partial(run_block, block.pool, proj, mix, weights_of(block, self.dtype), self.dtype)
 
     def __call__(self, volume: Tensor) -> list[Tensor]:
         """[B, 1, D, H, W] -> five hidden states [B, D' * H' * W', C] in `dtype`."""
         x = compiled_for(volume, stem.columns)(volume, self.dtype)  # [B, D', H', W', 20]
         for layer in self.stem:
             x = layer(x)  # [B, D', H', W', C]
-        hidden_states = [x]
-        for blocks in self.stages:
-            for block in blocks:
-                x = block(x)  # [B, D', H', W', C]
-            hidden_states.append(x)
-        return [state.flatten(1, 3) for state in hidden_states]
+        return through_stages(x, self.stages)
 
 
 def encode(encoder: nn.Module, dtype: torch.dtype, volume: Tensor) -> list[Tensor]:
@@ -91,31 +86,26 @@ def encode(encoder: nn.Module, dtype: torch.dtype, volume: Tensor) -> list[Tenso
         x = normalised(second, x, composed_kernels(first, second, x))  # [B, D', H', W', C]
         for layer in others:
             x = normalised(layer, x, kernels_of(layer))
-        hidden_states = [x]
-        for stage in list(encoder.encoder)[1:]:
-            for block in encoder.encoder[stage]:
-                x = train_block(block, x, dtype)  # [B, D', H', W', C]
-            hidden_states.append(x)
-    return [state.flatten(1, 3) for state in hidden_states]
+        stages = list(encoder.encoder.values())[1:]
+        return through_stages(x, ([partial(train_block, block, dtype) for block in blocks] for blocks in stages))
 
 
-def train_block(block: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def train_block(block: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
     """[B, D, H, W, C] -> [B, D', H', W', C'] with batch statistics; convolutions and products in `dtype`."""
 
     def mix(x: Tensor) -> Tensor:
         return normalised(block.dwconv, x.to(dtype), kernels_of(block.dwconv))
 
     proj = None if block.proj is None else block.proj.weight.flatten(1).to(dtype)
-    mlp = [tensor.to(dtype) for tensor in scaled_mlp(block, block.scale.dtype)]
     residual_dtype = torch.promote_types(dtype, block.scale.dtype)  # as in the plain code
-    return run_block(block.pool, proj, mix, mlp, residual_dtype, x)
+    return run_block(block.pool, proj, mix, weights_of(block, dtype), residual_dtype, x)
 
 
 def run_block(
     pool: nn.Module,
     proj: Tensor | None,
     mix: Callable[[Tensor], Tensor],
-    mlp: list[Tensor],
+    mlp: Mlp,
     residual_dtype: torch.dtype,
     x: Tensor,
 ) -> Tensor:
@@ -123,26 +113,19 @@ def run_block(
     if proj is not None:
         x = pool(x.to(proj.dtype).movedim(-1, 1)).movedim(1, -1)  # [B, D', H', W', C]
         x = F.linear(x, proj).to(residual_dtype)  # [B, D', H', W', C']
-    return compiled_for(x, feed_forward)(x, mix(x), *mlp)
+    return feed_forward(x, mix(x), mlp)
 
 
-def feed_forward(
-    x: Tensor, y: Tensor, expand: Tensor, expand_bias: Tensor, contract: Tensor, contract_bias: Tensor
-) -> Tensor:
-    """x + contract(gelu(expand(y))): [.., C] twice -> [.., C]."""
-    inner = F.gelu(F.linear(y, expand, expand_bias))  # [.., ratio * C]
-    return x + F.linear(inner, contract, contract_bias).to(x.dtype)
-
-
-def scaled_mlp(block: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Weights and biases of `feed_forward`, the layer scale, in `dtype`, folded into the contraction."""
-    expand, contract, scale = block.mlp.mlp[0], block.mlp.mlp[3], block.scale.to(dtype)
-    return [expand.weight, expand.bias, scale[:, None] * contract.weight.to(dtype), scale * contract.bias.to(dtype)]
+def weights_of(block: nn.Module, dtype: torch.dtype) -> Mlp:
+    """The feed-forward part's weights, its products in `dtype`."""
+    expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
+    tensors = (tensor.to(dtype) for tensor in (expand.weight, expand.bias, contract.weight, contract.bias))
+    return Mlp(*tensors, block.scale.to(accumulator(dtype)))
 
 
 def normalised(layer: nn.Module, x: Tensor, kernels: dict[str, Tensor]) -> Tensor:
     """A decomposed layer with batch statistics and these kernels: [B, D, H, W, C] -> [B, D, H, W, C']."""
-    norms, kept = batch_norms(layer), accumulator(x)
+    norms, kept = batch_norms(layer), accumulator(x.dtype)
     weight = torch.stack([norms[axis].weight for axis in AXES]).to(kept)
     # A bias in front of a batch norm has no effect. It takes part, so that its gradient is 0 and not missing.
     biases = torch.stack([convolutions(layer)[axis].bias for axis in AXES]).to(kept)
@@ -170,13 +153,3 @@ def stacked(kernels: dict[str, Tensor]) -> Tensor:
     """Kernels [C', C / groups, k] per axis -> taps [3, k, C, C'], depth-wise [3, k, C]."""
     taps = torch.stack([kernels[axis].permute(2, 1, 0) for axis in AXES])
     return taps[:, :, 0] if taps.shape[2] == 1 else taps
-
-
-def compiled_for(x: Tensor, function: Callable) -> Callable:
-    """A function as compiled for a GPU, or as it is for tensors elsewhere."""
-    return _compiled(function) if x.is_cuda else function
-
-
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function)

@@ -5,10 +5,8 @@ norms folded into the taps, the sum. The backward pass computes the branches aga
 norm's gradient needs, one that writes the gradients of the branches' outputs (and depth-wise the taps' gradients), one
 that takes those back to the input; dense layers need one more for their taps.
 
-Sums over positions are kept per tile and added in float64. Results do not depend on the order in which programs run.
-
-On a GPU the first call for a width, dtype and rough size times the tiles of `TILES` and keeps the fastest. Without one,
-in Triton's interpreter (TRITON_INTERPRET=1), the tile is fixed.
+Sums over positions: a program adds up those of its tiles, and what up to `PROGRAMS` of them found is added in float64.
+There are no atomic operations: results do not depend on the order in which programs run. `triton_tuning` chooses tiles.
 
 Shapes as in `triton_kernels`: x [B, D, H, W, CI]; taps [3, K, CI, CO], depth-wise [3, K, C]; axes in the order h, w, d.
 """
@@ -22,15 +20,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-import triton.testing
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.runtime.errors import OutOfResources
 
 from med3dvlm.model.fused import triton_kernels as kernels
+from med3dvlm.model.fused.triton_tuning import INTERPRETED, tuned
 
 EPSILON = 1e-5  # of batch norm
-DENSE_PARTS = 64  # independent sums for the gradient of a dense tap
+PROGRAMS = 2048  # of a kernel that sums over positions: several for each processor of a large GPU
 
 
 class Tile(NamedTuple):
@@ -43,15 +40,13 @@ class Tile(NamedTuple):
     warps: int
 
 
-INTERPRETED = Tile(2, 4, 8, 32, 4)
-TILES = {  # compiled for compute capability 8.0, these spill at most a few registers
+TILES = {  # compiled for compute capability 8.0, these spill at most a few registers; of dense float32, the first only
     "depth-wise": [
         Tile(2, 4, 8, 32, 4), Tile(2, 8, 8, 32, 4), Tile(2, 8, 8, 32, 8), Tile(4, 8, 8, 32, 8), Tile(8, 8, 8, 16, 8),
     ],
-    "dense": [Tile(2, 4, 8, 64, 4), Tile(2, 4, 8, 64, 8), Tile(2, 8, 8, 64, 8), Tile(2, 8, 8, 32, 4)],
+    "dense": [Tile(2, 4, 8, 32, 4), Tile(2, 4, 8, 64, 4), Tile(2, 4, 8, 64, 8), Tile(2, 8, 8, 64, 8)],
 }  # fmt: skip
 _TRITON = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_chosen: dict[tuple, Tile] = {}
 
 
 def axis_sum(inputs: tuple[Tensor, Tensor, Tensor], taps: Tensor, bias: Tensor, centres: bool = True) -> Tensor:
@@ -77,14 +72,14 @@ def merge_centres(taps: Tensor) -> Tensor:
 
 def statistics(x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every branch, each [3, CO]."""
-    dtype = accumulator(x)
+    dtype = accumulator(x.dtype)
 
     def run(tile: Tile) -> Tensor:
-        partial = x.new_empty(_tiles(x, tile), 3, 3, taps.shape[-1], dtype=dtype)
-        _launch(kernels.statistics_kernel, tile, x, taps, (x, taps, partial))
+        partial = x.new_empty(_parts(x, taps, tile), 3, 3, taps.shape[-1], dtype=dtype)
+        _launch_parts(kernels.statistics_kernel, tile, x, taps, (x, taps, partial))
         return partial
 
-    count, mean, squares = _tuned("statistics", x, taps, run).double().unbind(2)  # [tiles, 3, CO]
+    count, mean, squares = _tuned("statistics", x, taps, run).double().unbind(2)  # [parts, 3, CO]
     total = count.sum(0)
     means = (count * mean).sum(0) / total
     variances = (squares + count * (mean - means).square()).sum(0) / total
@@ -95,12 +90,12 @@ def correlations(x: Tensor, dy: Tensor, taps: Tensor, mean: Tensor) -> tuple[Ten
     """Sums over all positions of dy (z - mean) for the branches z, [3, CO], and of dy, [CO], in float64."""
 
     def run(tile: Tile) -> Tensor:
-        partial = x.new_empty(_tiles(x, tile), 4, taps.shape[-1], dtype=mean.dtype)
-        _launch(kernels.correlation_kernel, tile, x, taps, (x, dy, taps, mean, partial))
+        partial = x.new_empty(_parts(x, taps, tile), 3, 2, taps.shape[-1], dtype=mean.dtype)
+        _launch_parts(kernels.correlation_kernel, tile, x, taps, (x, dy, taps, mean, partial))
         return partial
 
     sums = _tuned("correlations", x, taps, run).double().sum(0)
-    return sums[:3], sums[3]
+    return sums[:, 0], sums[0, 1]
 
 
 def branch_gradients(x: Tensor, dy: Tensor, taps: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +106,9 @@ def branch_gradients(x: Tensor, dy: Tensor, taps: Tensor, factors: Tensor) -> tu
     dz = dy.new_empty(3, *dy.shape)
 
     def run(tile: Tile) -> Tensor:
-        partial = x.new_empty(_tiles(x, tile) if taps.ndim == 3 else 0, *taps.shape, dtype=factors.dtype)
-        _launch(kernels.branch_gradient_kernel, tile, x, taps, (x, dy, taps, factors, dz, partial, len(x)))
+        partial = x.new_empty(_parts(x, taps, tile) if taps.ndim == 3 else 0, *taps.shape, dtype=factors.dtype)
+        arguments, padded = (x, dy, taps, factors, dz, partial, len(x)), triton.next_power_of_2(taps.shape[1])
+        _launch_parts(kernels.branch_gradient_kernel, tile, x, taps, arguments, KP=padded)
         return partial
 
     partial = _tuned("branch_gradients", x, taps, run)
@@ -121,16 +117,12 @@ def branch_gradients(x: Tensor, dy: Tensor, taps: Tensor, factors: Tensor) -> tu
 
 def _dense_taps(x: Tensor, dz: Tensor, taps: Tensor) -> Tensor:
     """Parts [parts, 3, K, CI, CO] of the gradient of dense taps."""
+    sums = 3 * taps.shape[1]
 
     def run(tile: Tile) -> Tensor:
-        tile = tile._replace(channels=_power_of_two(taps.shape[3]))
-        tiles = _tiles(x, tile)
-        partial = x.new_empty(3, min(tiles, DENSE_PARTS), *taps.shape[1:], dtype=accumulator(x))
-        for axis, part in enumerate(partial):
-            grid = (taps.shape[1], len(part))
-            constants = _constants(tile, x, taps)
-            kernels.dense_taps_kernel[grid](x, dz[axis], part, tiles, *_sizes(x, taps), AXIS=axis, **constants)
-        return partial.transpose(0, 1)
+        partial = x.new_empty(_parts(x, taps, tile, sums), *taps.shape, dtype=accumulator(x.dtype))
+        _launch_parts(kernels.dense_taps_kernel, tile, x, taps, (x, dz, partial, len(x)), sums)
+        return partial
 
     return _tuned("dense_taps", x, taps, run)
 
@@ -144,10 +136,10 @@ class NormalisedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, taps: Tensor, weight: Tensor, shift: Tensor):
-        mean, var = statistics(x, for_kernels(taps, x))
+        mean, var = statistics(x, for_kernels(taps, x.dtype))
         scale = weight * (var + EPSILON).rsqrt()
         folded = merge_centres(_per_axis(scale, taps) * taps)
-        y = axis_sum((x, x, x), for_kernels(folded, x), (shift - scale * mean).sum(0), centres=False)
+        y = axis_sum((x, x, x), for_kernels(folded, x.dtype), (shift - scale * mean).sum(0), centres=False)
         ctx.save_for_backward(x, taps, weight, mean, var)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -156,7 +148,7 @@ class NormalisedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor, _mean, _var):
         x, taps, weight, mean, var = ctx.saved_tensors
-        dy, taps = dy.to(x.dtype).contiguous(), for_kernels(taps, x)
+        dy, taps = dy.to(x.dtype).contiguous(), for_kernels(taps, x.dtype)
         inverse = (var + EPSILON).rsqrt()
         products, total = correlations(x, dy, taps, mean)  # [3, CO], [CO]
         count = x[..., 0].numel()
@@ -172,14 +164,14 @@ class NormalisedSum(torch.autograd.Function):
         return dx, d_taps.to(mean.dtype), (inverse * products).to(mean.dtype), d_shift
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype in which kernels add up what they read from x."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels add up what they read in another."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def for_kernels(taps: Tensor, x: Tensor) -> Tensor:
-    """Taps as the kernels want them: dense ones in the dtype of x."""
-    return taps.to(x.dtype if taps.ndim == 4 else accumulator(x)).contiguous()
+def for_kernels(taps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Taps as the kernels want them for volumes of a dtype: dense ones in the same."""
+    return taps.to(dtype if taps.ndim == 4 else accumulator(dtype)).contiguous()
 
 
 def _per_axis(scale: Tensor, taps: Tensor) -> Tensor:
@@ -188,31 +180,24 @@ def _per_axis(scale: Tensor, taps: Tensor) -> Tensor:
 
 
 def _tuned(name: str, x: Tensor, taps: Tensor, run: Callable[[Tile], Tensor]) -> Tensor:
-    """`run` with the fastest tile for this device, width, dtype and order of magnitude."""
-    if not x.is_cuda:
-        return run(INTERPRETED)
-    key = (name, x.device, x.dtype, taps.shape, x[..., 0].numel().bit_length())
-    with torch.cuda.device(x.device):  # Triton launches on the current one
-        if key not in _chosen:
-            _chosen[key] = fastest(TILES["dense" if taps.ndim == 4 else "depth-wise"], run)
-        return run(_chosen[key])
-
-
-def fastest(tiles: list[Tile], run: Callable[[Tile], Tensor]) -> Tile:
-    """The tile with which `run` takes the least time; those that the GPU has no room for are left out."""
-    return min(tiles, key=lambda tile: _milliseconds(run, tile))
-
-
-def _milliseconds(run: Callable[[Tile], Tensor], tile: Tile) -> float:
-    try:
-        return triton.testing.do_bench(lambda: run(tile), warmup=5, rep=20)
-    except OutOfResources:  # this GPU has too few registers or too little shared memory for the tile
-        return float("inf")
+    return tuned(name, x, taps, TILES["dense" if taps.ndim == 4 else "depth-wise"], run)
 
 
 def _launch(kernel, tile: Tile, x: Tensor, taps: Tensor, arguments: tuple, **constants) -> None:
+    """A program for every tile and block of channels."""
     grid = (_tiles(x, tile), triton.cdiv(taps.shape[-1], tile.channels))
     kernel[grid](*arguments, *_sizes(x, taps), **_constants(tile, x, taps), **constants)
+
+
+def _launch_parts(kernel, tile: Tile, x: Tensor, taps: Tensor, arguments: tuple, sums: int = 3, **constants) -> None:
+    """A program for each of `sums` (of the axes), block of channels, and part. Those of one part share the cache."""
+    grid = (sums, triton.cdiv(taps.shape[-1], tile.channels), _parts(x, taps, tile, sums))
+    kernel[grid](*arguments, _tiles(x, tile), *_sizes(x, taps), **_constants(tile, x, taps), **constants)
+
+
+def _parts(x: Tensor, taps: Tensor, tile: Tile, sums: int = 3) -> int:
+    """Parts in which sums over positions come: of the tiles each has every parts-th."""
+    return min(_tiles(x, tile), triton.cdiv(PROGRAMS, sums * triton.cdiv(taps.shape[-1], tile.channels)))
 
 
 def _tiles(x: Tensor, tile: Tile) -> int:
@@ -227,19 +212,24 @@ def _sizes(x: Tensor, taps: Tensor) -> tuple[int, int, int, int, int]:
 
 def _constants(tile: Tile, x: Tensor, taps: Tensor) -> dict[str, object]:
     return {
-        "BI": _power_of_two(x.shape[-1]) if taps.ndim == 4 else 0,
+        "BI": power_of_two(x.shape[-1]) if taps.ndim == 4 else 0,
         "BD": tile.depth,
         "BH": tile.height,
         "BW": tile.width,
         "BC": tile.channels,
         "K": taps.shape[1],
-        "ACC": _TRITON[accumulator(x)],
-        # The interpreter would multiply the bits of bfloat16.
-        "DOT": _TRITON[x.dtype if x.is_cuda else accumulator(x)],
         "num_warps": tile.warps,
+        "num_stages": 2,
+        **kernel_types(x),
     }
 
 
-def _power_of_two(n: int) -> int:
+def kernel_types(x: Tensor) -> dict[str, object]:
+    """The dtypes in which kernels add up, and multiply, what they read from x."""
+    dot = accumulator(x.dtype) if INTERPRETED else x.dtype  # the interpreter would multiply the bits of bfloat16
+    return {"ACC": _TRITON[accumulator(x.dtype)], "DOT": _TRITON[dot]}
+
+
+def power_of_two(n: int) -> int:
     """The next power of two that a product in the tensor cores accepts."""
     return max(16, triton.next_power_of_2(n))

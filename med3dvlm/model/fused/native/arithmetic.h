@@ -1,0 +1,139 @@
+// What all kernels share: storage types, the product of small matrices, sums of channels.
+//
+// Tensors are channels-last, [places, channels], float32 or bfloat16; arithmetic is float32, sums over places float64.
+// Loops over channels are plain ones that the compiler vectorises.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, WIDE = 2;
+#else
+constexpr int LANES = 4, WIDE = 4;
+#endif
+constexpr int TALL = 6;         // rows of a tile of `product`; its sums fill the registers
+constexpr int BLOCK = 11 * TALL;  // rows that are worked on while they lie in the second-level cache
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float get(float x) { return x; }
+inline float get(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+inline void put(float& to, float x) { to = x; }
+inline void put(bfloat16& to, float x) {  // to the nearest, ties to even
+    uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    to.bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// LANES channels in a register, from any address.
+inline lanes load(const float* x) { return *(const lanes*)x; }
+inline lanes load(const bfloat16* x) {
+    typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+    typedef uint32_t longs __attribute__((vector_size(4 * LANES)));
+    return (lanes)(__builtin_convertvector(*(const shorts*)x, longs) << 16);
+}
+
+// Calls f with a value of the storage type.
+template <class F>
+void with_storage(bool half, F f) {
+    if (half) f(bfloat16{});
+    else f(float{});
+}
+
+inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+// c[6, WIDTH * LANES] (+)= a[6, k] b[k, WIDTH * LANES], the sums in registers.
+template <int WIDTH>
+inline void tile(const float* a, long a_row, long a_step, const float* b, long b_row, float* c, long c_row, long k,
+                 bool add) {
+    lanes sums[TALL][WIDTH];
+    #pragma GCC unroll 6
+    for (int i = 0; i < TALL; ++i)
+        #pragma GCC unroll 4
+        for (int j = 0; j < WIDTH; ++j) sums[i][j] = add ? ((const lanes*)(c + i * c_row))[j] : lanes{};
+    for (long t = 0; t < k; ++t) {
+        lanes right[WIDTH];
+        #pragma GCC unroll 4
+        for (int j = 0; j < WIDTH; ++j) right[j] = ((const lanes*)(b + t * b_row))[j];
+        #pragma GCC unroll 6
+        for (int i = 0; i < TALL; ++i) {
+            float left = a[i * a_row + t * a_step];
+            #pragma GCC unroll 4
+            for (int j = 0; j < WIDTH; ++j) sums[i][j] += left * right[j];
+        }
+    }
+    #pragma GCC unroll 6
+    for (int i = 0; i < TALL; ++i)
+        #pragma GCC unroll 4
+        for (int j = 0; j < WIDTH; ++j) ((lanes*)(c + i * c_row))[j] = sums[i][j];
+}
+
+// c[m, n] (+)= a[m, k] b[k, n]; m is a multiple of TALL, n of 16. a[i, t] lies at a[i * a_row + t * a_step].
+inline void product(const float* a, long a_row, long a_step, const float* b, long b_row, float* c, long c_row, long m,
+                    long n, long k, bool add) {
+    for (long j = 0; j < n; j += WIDE * LANES)
+        for (long i = 0; i < m; i += TALL) {
+            const float *rows = a + i * a_row, *columns = b + j;
+            float* to = c + i * c_row + j;
+            switch (std::min<long>(WIDE, (n - j) / LANES)) {
+                case 1: tile<1>(rows, a_row, a_step, columns, b_row, to, c_row, k, add); break;
+                case 2: tile<2>(rows, a_row, a_step, columns, b_row, to, c_row, k, add); break;
+                case 3: tile<3>(rows, a_row, a_step, columns, b_row, to, c_row, k, add); break;
+                default: tile<WIDE>(rows, a_row, a_step, columns, b_row, to, c_row, k, add);
+            }
+        }
+}
+
+// The lines of a volume along one axis: `outer` places before it, `size` along it, `inner` behind it.
+struct Lines {
+    long outer, size, inner;
+    long places() const { return outer * size * inner; }
+};
+
+// Sums over places of each channel and of its square. In a block they are taken in float32 about the block's first row,
+// so that a mean far from 0 costs no digits.
+class Sums {
+public:
+    explicit Sums(long channels) : channels(channels), part(3 * channels), total(2 * channels) {}
+
+    void see(const float* row) {
+        float *first = part.data(), *sum = first + channels, *square = sum + channels;
+        if (count++ == 0) std::copy_n(row, channels, first);
+        #pragma omp simd
+        for (long c = 0; c < channels; ++c) {
+            float away = row[c] - first[c];
+            sum[c] += away;
+            square[c] += away * away;
+        }
+    }
+
+    void end_block() {
+        for (long c = 0; c < channels; ++c) {
+            double first = part[c], sum = part[channels + c], square = part[2 * channels + c];
+            total[c] += sum + count * first;
+            total[channels + c] += square + 2 * first * sum + count * first * first;
+        }
+        std::fill(part.begin(), part.end(), 0.f);
+        count = 0;
+    }
+
+    // Adds the sums [channels] and those of squares [channels].
+    void add_to(double* sums) const {
+        for (long c = 0; c < 2 * channels; ++c) sums[c] += total[c];
+    }
+
+private:
+    long channels, count = 0;
+    std::vector<float> part;
+    std::vector<double> total;
+};

@@ -1,0 +1,106 @@
+"""The kernels as a shared library, compiled for this processor at the first use and kept in the user's cache folder.
+
+They know nothing of torch's C++ interface: the compiler takes seconds, and the library serves every torch version. It
+uses the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from torch.utils.data import get_worker_info
+
+FOLDER = Path(__file__).parent
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -fPIC -shared".split()
+LIMIT = 300  # seconds
+logger = logging.getLogger(__name__)
+
+
+class CannotBuild(Exception):
+    """Why there are no compiled kernels; the encoder then runs without."""
+
+
+def wanted() -> bool:
+    """Whether there are kernels and they are to be used: `MED3DVLM_FUSED=torch` does without."""
+    return os.environ.get("MED3DVLM_FUSED") != "torch" and library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they are not to be had, which is logged."""
+    try:
+        return ctypes.CDLL(str(built()))
+    except (CannotBuild, OSError) as error:
+        logger.warning("DCFormer runs without compiled kernels, slower but to the same result: %s", error)
+        return None
+
+
+def built() -> Path:
+    """The library's file, compiled now unless it is there; processes that start together wait for the first of them.
+
+    Raises:
+        CannotBuild: no compiler, it failed, or this is a worker of a data loader, which does not compile.
+        OSError: the cache folder cannot be written.
+    """
+    path = cache_folder() / f"kernels-{fingerprint()}.so"
+    if path.exists():
+        return path
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise CannotBuild("no C++ compiler (g++) on PATH")
+    if get_worker_info() is not None:
+        raise CannotBuild("workers of a data loader do not compile them")
+    try:
+        import fcntl
+    except ImportError:
+        raise CannotBuild("they are compiled on Linux and macOS only") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            logger.info("Compiling the encoder's kernels for this processor (once, some seconds): %s", path)
+            compile_to(path, compiler)
+    return path
+
+
+def compile_to(path: Path, compiler: str) -> None:
+    """Compile the sources beside this file to a shared library, which appears whole or not at all."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(unfinished)]
+    try:
+        outcome = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
+        if outcome.returncode:
+            lines = outcome.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if "error" in line), lines[-1])
+            raise CannotBuild(f"{compiler} failed ({outcome.returncode}): {reason}")
+        os.replace(unfinished, path)
+    except subprocess.TimeoutExpired:
+        raise CannotBuild(f"{compiler} took more than {LIMIT} s") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where the library is kept: `XDG_CACHE_HOME` or `~/.cache`, below it `med3dvlm`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "med3dvlm"
+
+
+def fingerprint() -> str:
+    """Of the sources, the flags and what this processor can do: a home folder may serve several machines."""
+    digest = hashlib.sha256(" ".join([*FLAGS, platform.system(), platform.machine()]).encode())
+    for source in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
+        digest.update(source.read_bytes())
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(errors="replace").splitlines()
+        abilities = {line for line in lines if line.lower().startswith(("flags", "features"))}
+        digest.update("".join(sorted(abilities)).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,187 @@
+"""The C++ kernels on tensors: channels-last, contiguous, float32 or bfloat16, channels a multiple of 16 where they
+leave a kernel. Kernels of convolutions are [C', C / groups, k] in any dtype; what is summed over places is float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from med3dvlm.model.fused.native import build
+
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
+# G of Winograd's F(4, 3): the six weights that stand for three taps.
+_TIMES_24 = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
+SPREAD = torch.tensor(_TIMES_24, dtype=torch.float64) / 24
+
+
+def take(dtype: torch.dtype, kernel: Tensor, groups: int) -> bool:
+    """Whether there are kernels for convolutions with weights [C', C / groups, k] in this dtype."""
+    lengths = (3,) if groups == 1 else LENGTHS
+    return dtype in DTYPES and len(kernel) % 16 == 0 and kernel.shape[-1] in lengths and build.wanted()
+
+
+def prepare(kernel: Tensor) -> Tensor:
+    """[C', C, 3] -> the weights [6, C, C'] that `convolve` takes, or a depth-wise [C, 1, k] -> [k, C]; float32."""
+    if kernel.shape[1] == 1:
+        return kernel[:, 0].float().T.contiguous()
+    return torch.einsum("pt,oct->pco", SPREAD, kernel.double()).float().contiguous()
+
+
+def convolve(
+    x: Tensor,
+    weights: Tensor,
+    axis: str,
+    bias: Tensor | None = None,
+    add_to: Tensor | None = None,
+    combined: tuple[Tensor, Tensor] | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """A convolution along one axis: [B, D, H, W, C] -> [B, D, H, W, C'].
+
+    Args:
+        x: the volume.
+        weights: of `prepare`.
+        bias: [C'], float32.
+        add_to: the result is added to this tensor, which is returned.
+        combined: (z like x, scale [3, C] float32): scale[0] * x + scale[1] * z + scale[2] takes the place of x (dense).
+        sums: [2, C'] float64, to which the sums of the result and of its square are added.
+    """
+    y = x.new_empty(*x.shape[:-1], weights.shape[-1]) if add_to is None else add_to
+    rest = (weights, bias, y, add_to is not None, sums, *lines(x, axis), x.shape[-1])
+    if weights.ndim == 2:
+        _call("depthwise_convolve", x, x, *rest, len(weights))
+    else:
+        _call("winograd_convolve", x, x, *(combined or (None, None)), *rest, weights.shape[-1])
+    return y
+
+
+def kernel_gradient(
+    x: Tensor, dy: Tensor, kernel: Tensor, axis: str, combined: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The gradient of a kernel, like it, from input and output gradient [B, D, H, W, .]; `combined` concerns dy."""
+    if kernel.shape[1] == 1:
+        taps = torch.zeros(kernel.shape[-1], len(kernel))
+        _call("depthwise_kernel_gradient", x, x, dy, taps, *lines(x, axis), x.shape[-1], len(taps))
+        return taps.T.unsqueeze(1).to(kernel.dtype)
+    weights = torch.zeros(len(SPREAD), x.shape[-1], len(kernel))
+    sizes = (*lines(x, axis), x.shape[-1], len(kernel))
+    _call("winograd_kernel_gradient", x, x, dy, *(combined or (None, None)), weights, *sizes)
+    return torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
+
+
+def normalised_sum(z: list[Tensor], scale: Tensor, shift: Tensor) -> Tensor:
+    """Sum of scale[i] * z[i], plus shift: [.., C] three times, [3, C] and [C] float32 -> [.., C]."""
+    y = torch.empty_like(z[0])
+    _call("norms_sum", y, *z, scale.contiguous(), shift, y, *_places(y))
+    return y
+
+
+def gradient_sums(dy: Tensor, z: list[Tensor], mean: Tensor) -> Tensor:
+    """Sums over places of dy, and of dy * (z[i] - mean[i]): [.., C] and [3, C] float32 -> [4, C] float64."""
+    sums = torch.zeros(4, dy.shape[-1], dtype=torch.float64)
+    _call("norms_gradient_sums", dy, dy, *z, mean, sums, *_places(dy))
+    return sums
+
+
+def combine(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+    """scale[0] * x + scale[1] * z + scale[2]: [.., C] twice and [3, C] float32 -> [.., C]."""
+    y = torch.empty_like(x)
+    _call("norms_combine", x, x, z, scale, y, *_places(x))
+    return y
+
+
+def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
+    """Whether there are kernels for a feed-forward part of these widths in this dtype."""
+    return dtype == torch.float32 and channels % 16 == 0 and wide % 16 == 0 and build.wanted()
+
+
+def take_places(x: Tensor) -> bool:
+    """Whether `second_moments` takes a tensor like x; it has no backward pass."""
+    return x.dtype in DTYPES and x.device.type == "cpu" and not x.requires_grad and build.wanted()
+
+
+def panels(matrix: Tensor) -> Tensor:
+    """[K, N] -> [N / 64, K, 64], the last columns filled up with zeros: the form in which weights are read fastest."""
+    return F.pad(matrix, (0, -matrix.shape[1] % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
+
+
+def feed_forward(
+    x: Tensor,
+    y: Tensor,
+    expand: tuple[Tensor, Tensor],
+    contract: tuple[Tensor, Tensor],
+    scale: Tensor,
+    out: Tensor,
+    inner: Tensor | None = None,
+) -> None:
+    """out = x + scale * contract(gelu(expand(y))), float32.
+
+    Args:
+        x, y, out: [.., C]; `out` may be x.
+        expand: `panels` [C, wide] and bias [wide].
+        contract: `panels` [wide, C] and bias [C].
+        scale: [C].
+        inner: [.., wide], where expand(y) is kept if wanted.
+    """
+    _call("feed_forward", x, x, y, *expand, *contract, scale, inner, out, *_places(x), len(expand[1]))
+
+
+def feed_forward_gradients(
+    dy: Tensor, y: Tensor, inner: Tensor, contract: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of inner, contract, scale (but for the bias beside it), expand [wide, C] and its bias [wide].
+
+    Args:
+        dy: [.., C], the gradient of `feed_forward`'s result.
+        y, inner, scale: as there.
+        contract: its weight alone, [C, wide] as in a linear layer.
+    """
+    (channels, wide), d_inner = contract.shape, torch.empty_like(inner)
+    d_contract, d_expand, d_bias = torch.empty_like(contract), y.new_empty(wide, channels), y.new_empty(wide)
+    d_scale = y.new_empty(-(-wide // 64), channels)
+    gradients = (d_inner, d_contract, d_scale, d_expand, d_bias)
+    _call("feed_forward_gradients", y, dy, y, inner, contract, scale, *gradients, *_places(y), wide)
+    return d_inner, d_contract, d_scale.sum(0), d_expand, d_bias
+
+
+def second_moments(a: Tensor, b: Tensor) -> Tensor:
+    """a' b of [P, C] twice -> [C, C] float64, as exact as if the tensors were."""
+    result = torch.zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
+    _call("moments_second", a, a.contiguous(), b.contiguous(), result, *a.shape)
+    return result
+
+
+def lines(x: Tensor, axis: str) -> tuple[int, int, int]:
+    """Places before, along and behind an axis of [B, D, H, W, C]."""
+    batch, depth, height, width, _ = x.shape
+    return {
+        "w": (batch * depth * height, width, 1),
+        "h": (batch * depth, height, width),
+        "d": (batch, depth, height * width),
+    }[axis]
+
+
+def _places(x: Tensor) -> tuple[int, int]:
+    return x[..., 0].numel(), x.shape[-1]
+
+
+def _call(name: str, like: Tensor, *arguments: Tensor | int | bool | None) -> None:
+    """Call a function of the library with `like`'s storage type first and the number of threads last."""
+    function = getattr(build.library(), name)
+    function.restype = None
+    function(*map(_converted, (like.dtype == torch.bfloat16, *arguments, torch.get_num_threads())))
+
+
+def _converted(argument: Tensor | int | bool | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_bool:
+    if isinstance(argument, Tensor):
+        if not argument.is_contiguous():
+            raise ValueError(f"kernels take contiguous tensors, found strides {argument.stride()} of {argument.shape}")
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_bool(argument) if isinstance(argument, bool) else ctypes.c_long(argument)

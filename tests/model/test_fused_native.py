@@ -1,0 +1,217 @@
+"""The C++ kernels compute what torch does, and the encoder runs without them where they cannot be had."""
+
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from med3dvlm.model.dcformer import DCFormer
+from med3dvlm.model.fused import branches
+from med3dvlm.model.fused.axes import as_2d, images
+from med3dvlm.model.fused.native import build, kernels
+from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
+
+needs_kernels = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++) to compile the kernels with"
+)
+SHAPES = [(2, 5, 6, 7), (1, 1, 9, 3), (3, 4, 1, 1), (1, 13, 2, 17)]  # of B, D, H, W: odd, below and above a block
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+
+
+def expected(x: torch.Tensor, kernel: torch.Tensor, axis: str) -> torch.Tensor:
+    """The convolution by torch, in float64: [B, D, H, W, C] -> [B, D, H, W, C']."""
+    weight = as_2d(kernel.double(), axis)
+    padding, groups = (weight.shape[2] // 2, weight.shape[3] // 2), x.shape[-1] // kernel.shape[1]
+    y = F.conv2d(images(x.double(), axis).movedim(-1, 1), weight, None, 1, padding, 1, groups)
+    return y.movedim(1, -1).reshape(*x.shape[:-1], len(kernel))
+
+
+def near(found: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    return relative_deviation(found.double(), reference) <= TOLERANCE[dtype]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@needs_kernels
+@pytest.mark.parametrize("axis", ["h", "w", "d"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sizes", [(20, 32, 3), (32, 16, 3), (48, 1, 3), (16, 1, 13)], ids=str)
+def test_a_convolution_and_its_gradient(dtype, sizes, shape, axis):
+    channels, second, length = sizes
+    depthwise = second == 1
+    kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length, requires_grad=True)
+    x = torch.randn(*shape, channels).to(dtype)
+    sums, bias = torch.zeros(2, len(kernel), dtype=torch.float64), torch.randn(len(kernel))
+    y = expected(x, kernel, axis)
+    assert kernels.take(dtype, kernel, channels if depthwise else 1)
+    found = kernels.convolve(x, kernels.prepare(kernel.detach()), axis, bias, sums=sums)
+    assert near(found, y + bias, dtype)
+    places = (0, 1, 2, 3)
+    assert ((sums[0] - (y + bias).sum(places)).abs() <= 3e-6 * (y + bias).abs().sum(places)).all()
+    torch.testing.assert_close(sums[1], (y + bias).square().sum(places), rtol=1e-5, atol=0)
+    assert kernels.convolve(x, kernels.prepare(kernel.detach()), axis, add_to=found) is found
+    assert near(found, 2 * y + bias, dtype)
+
+    dy = torch.randn(y.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(y, kernel, dy.double())
+    assert near(kernels.kernel_gradient(x, dy, kernel.detach(), axis), gradient)
+
+
+@needs_kernels
+def test_a_combination_takes_the_place_of_a_tensor(dtype):
+    x, z, a = (torch.randn(2, 3, 7, 5, 16).to(dtype) for _ in range(3))
+    scale, kernel = torch.randn(3, 16), torch.randn(32, 16, 3)
+    combination = scale[0] * x.double() + scale[1] * z.double() + scale[2]
+    assert near(kernels.combine(x, z, scale), combination, dtype)
+    found = kernels.convolve(x, kernels.prepare(kernel), "h", combined=(z, scale))
+    assert near(found, expected(combination, kernel, "h"), dtype)  # 0 beyond the border, where scale[2] is not added
+    kernel = torch.randn(16, 16, 3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(expected(a, kernel, "d"), kernel, combination)
+    assert near(kernels.kernel_gradient(a, x, kernel.detach().float(), "d", (z, scale)), gradient)
+
+
+@needs_kernels
+def test_sums_over_places_keep_their_digits(dtype):
+    x = (torch.randn(1, 9, 31, 33, 16) + 50 * torch.randn(16)).to(dtype)
+    kernel = torch.eye(16)[:, :, None] * torch.tensor([0.0, 1.0, 0.0])
+    sums = torch.zeros(2, 16, dtype=torch.float64)
+    kernels.convolve(x, kernels.prepare(kernel), "w", sums=sums)
+    mean, square = sums / x[..., 0].numel()
+    flat = x.double().flatten(0, 3)
+    torch.testing.assert_close(mean, flat.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(square - mean.square(), flat.var(0, correction=0), rtol=2e-4, atol=0)
+    found = kernels.second_moments(x.flatten(0, 3), x.flatten(0, 3)) / len(flat)
+    torch.testing.assert_close(found - torch.outer(mean, mean), flat.T @ flat / len(flat) - torch.outer(mean, mean),
+                               rtol=1e-4, atol=1e-3)  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("places, channels, wide", [(7, 16, 32), (300, 96, 384), (133, 48, 144), (5, 80, 336)])
+def test_the_feed_forward_part_and_its_gradients(places, channels, wide):
+    x, y = torch.randn(places, channels), torch.randn(places, channels)
+    expand, expand_bias = 0.3 * torch.randn(wide, channels), torch.randn(wide)
+    contract, contract_bias = torch.randn(channels, wide) / wide**0.5, torch.randn(channels)
+    scale, inner, dy = torch.randn(channels), torch.empty(places, wide), torch.randn(places, channels)
+    out = torch.empty_like(x)
+    packed = (kernels.panels(expand.T), expand_bias), (kernels.panels(contract.T), contract_bias)
+    kernels.feed_forward(x, y, *packed, scale, out, inner)
+
+    before = F.linear(y.double(), expand.double(), expand_bias.double()).requires_grad_()
+    weight, factor = contract.double().requires_grad_(), scale.double().requires_grad_()
+    reference = x + factor * F.linear(F.gelu(before), weight, contract_bias.double())
+    assert near(inner, before) and near(out, reference)
+    gradients = torch.autograd.grad(reference, (before, weight, factor), dy.double())
+    d_inner, d_contract, d_scale, d_expand, d_bias = kernels.feed_forward_gradients(dy, y, inner, contract, scale)
+    assert near(d_inner, gradients[0]) and near(d_contract, gradients[1])
+    assert near(d_scale + dy.sum(0) * contract_bias, gradients[2])
+    assert near(d_expand, gradients[0].T @ y.double()) and near(d_bias, gradients[0].sum(0))
+
+
+@needs_kernels
+def test_gelu_is_exact_up_to_rounding_everywhere():
+    x = torch.linspace(-30, 30, 16 * 2048).view(-1, 16)
+    identity, zeros = kernels.panels(torch.eye(16)), torch.zeros(16)
+    found = torch.empty_like(x)
+    kernels.feed_forward(torch.zeros_like(x), x, (identity, zeros), (identity, zeros), torch.ones(16), found)
+    assert (found - F.gelu(x.double())).abs().max() <= 4e-6 and torch.isfinite(found).all()
+
+
+@needs_kernels
+def test_the_kernels_are_taken_and_can_be_declined(monkeypatch):
+    volume, found = rule_volume("fused", (2, 1, 32, 64, 64)), {}
+    for value in ("", "torch"):
+        monkeypatch.setenv("MED3DVLM_FUSED", value)
+        encoder = fill_by_rule(DCFormer.from_variant("phantom"), "fused").train()
+        layer = encoder.encoder["s0"][0][2]
+        kind = branches.NativeBranches if value == "" else branches.Branches
+        assert type(branches.branches_of(1, tuple(branches.parameters_of(layer, torch.float32)))) is kind
+        encoder(volume)[-1].sum().backward()
+        with torch.no_grad():
+            found[value] = [*encoder.eval()(volume), layer.c3[0].weight.grad]
+    for native, by_torch in zip(found[""], found["torch"], strict=True):
+        assert not torch.equal(native, by_torch), "both are the same path"
+        assert relative_deviation(native, by_torch) <= 1e-4
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+def compiler(folder: Path, script: str) -> str:
+    """A program that stands for the compiler: a shell script."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "script, reason",
+    [
+        (None, r"no C\+\+ compiler \(g\+\+\) on PATH"),
+        ("echo 'x.cpp:1: error: no such thing' >&2; exit 1", r"compiler failed \(1\): x.cpp:1: error: no such thing"),
+        ("kill -9 $$", r"compiler failed \(-9\): no message"),
+        ('while [ "$1" != -o ]; do shift; done; echo nonsense >"$2"', "nonsense|too short|invalid ELF|slice"),
+    ],
+)
+def test_without_a_working_compiler_one_line_is_logged_and_torch_computes(fresh, monkeypatch, caplog, script, reason):
+    monkeypatch.setenv("CXX", "/no/such/compiler" if script is None else compiler(fresh, script))
+    encoder, volume = fill_by_rule(DCFormer.from_variant("phantom"), "fused"), rule_volume("fused", (1, 1, 16, 32, 32))
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="med3dvlm"):
+        found, again = encoder.eval()(volume), encoder(volume)
+        assert encoder.fused_cache
+        encoder.fused = "off"
+        for state, other, expected_state in zip(found, again, encoder(volume), strict=True):
+            assert torch.equal(state, other) and relative_deviation(state, expected_state) <= 5e-6
+    assert len(caplog.records) == 1 and "DCFormer runs without compiled kernels" in caplog.text
+    assert caplog.records[0].getMessage().count("\n") == 0
+    assert re.search(reason, caplog.text)
+
+
+def test_an_unwritable_cache_folder_is_no_error(fresh, monkeypatch, caplog):
+    (fresh / "med3dvlm").write_text("a file in the folder's place")
+    monkeypatch.setenv("CXX", compiler(fresh, "exit 0"))
+    assert build.library() is None
+    assert len(caplog.records) == 1 and str(fresh) in caplog.text
+
+
+def test_workers_of_a_data_loader_do_not_compile(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(fresh, "exit 0"))
+    monkeypatch.setattr(build, "get_worker_info", lambda: object())
+    with pytest.raises(build.CannotBuild, match="workers of a data loader do not compile them"):
+        build.built()
+
+
+def test_those_who_start_together_compile_once(fresh, monkeypatch):
+    log = fresh / "calls"
+    script = f'echo called >>{log}; sleep 0.5; while [ "$1" != -o ]; do shift; done; echo library >"$2"'
+    monkeypatch.setenv("CXX", compiler(fresh, script))
+    with ThreadPoolExecutor(3) as threads:  # the lock belongs to the open file: threads are kept apart as processes are
+        paths = {future.result() for future in [threads.submit(build.built) for _ in range(3)]}
+    assert len(paths) == 1 and paths.pop().read_text() == "library\n"
+    assert log.read_text() == "called\n"
+
+
+def test_the_file_is_another_for_other_sources(monkeypatch, tmp_path):
+    before = build.fingerprint()
+    for source in build.FOLDER.glob("*.[ch]*"):
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert build.fingerprint() == before
+    (tmp_path / "norms.cpp").write_text("// changed")
+    assert build.fingerprint() != before
