@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from med3dvlm.data.files import write_bytes
+from med3dvlm.data.manifest import CHOICE_LETTERS
 from med3dvlm.data.profile import DataProfile
-from med3dvlm.data.sources.base import CHOICES, SPLITS, Case, Collection, Question, SourceError, draw_split
+from med3dvlm.data.sources.base import SPLITS, Case, Collection, Question, SourceError, draw_split
 
 CARD = "data_card.md"
 BY_HAND = "## Licence and consent\n"  # what follows it is the owner's, and stays when the card is written again
@@ -173,7 +174,7 @@ def _about_questions(collection: Collection, written: Written) -> str:
 
 
 def _letter_fits(question: Question) -> bool:
-    return dict(zip(CHOICES, question.choices, strict=False)).get(question.answer_choice) == question.answer
+    return dict(zip(CHOICE_LETTERS, question.choices, strict=False)).get(question.answer_choice) == question.answer
 
 
 def _about_labels(collection: Collection, written: Written) -> str:

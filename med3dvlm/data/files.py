@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path):
+def atomic_path(path, mode: int | None = None):
     """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed.
 
+    mode: of the file (default: as readable as any other).
     The temporary name starts with a dot and ends in `.partial`, so no reader of ours takes it for a finished file.
     """
     path = Path(path)
@@ -17,7 +18,7 @@ def atomic_path(path):
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)
     try:
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are as readable as any other
+        os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)  # mkstemp makes private files
         yield Path(temporary)
         os.replace(temporary, path)
     finally:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from med3dvlm.data.readers import BESIDE_SLICES
+from med3dvlm.data.readers import BESIDE_SLICES, ENDINGS
 from med3dvlm.data.sources.base import Case, Item, fold_name
-from med3dvlm.data.sources.volumes import ENDINGS, stem
+from med3dvlm.data.sources.volumes import stem
 from med3dvlm.data.volume import SLICE_SUFFIXES
 
 

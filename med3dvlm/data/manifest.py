@@ -16,6 +16,8 @@ from pathlib import Path
 from med3dvlm.data.files import atomic_path, write_bytes
 
 CHOICE_LETTERS = ("A", "B", "C", "D")
+CAPTION_MANIFEST = "M3D_Cap.json"
+PATIENTS_TABLE, LABELS_TABLE = "patients.csv", "labels.csv"  # beside it, where they are known
 PATH_COLUMN = "Image Path"
 REQUIRED_COLUMNS = (PATH_COLUMN, "Question Type", "Question", "Answer", "Answer Choice")
 RAW_ENDING, PREPARED_ENDING = ".npy", ".nii.gz"

@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from med3dvlm.data.data_card import Written, draw_splits, split_rule, write_data_card
-from med3dvlm.data.files import write_bytes
+from med3dvlm.data.files import atomic_path, write_bytes
 from med3dvlm.data.ledger import FAILED, read_ledgers
-from med3dvlm.data.manifest import REQUIRED_COLUMNS
+from med3dvlm.data.manifest import CAPTION_MANIFEST, CHOICE_LETTERS, LABELS_TABLE, PATIENTS_TABLE, REQUIRED_COLUMNS
 from med3dvlm.data.profile import DataProfile, write_preparation
-from med3dvlm.data.sources.base import CHOICES, SPLITS, Case, Collection, Question
-from med3dvlm.data.sources.m3d import MANIFEST
+from med3dvlm.data.sources.base import SPLITS, Case, Collection, Question
 from med3dvlm.data.volume import PREPARED_ERROR
 from med3dvlm.data.work import Options
 
 TABLE_NAMES = {"train": "train", "validation": "val", "test": "test"}
-COLUMNS = (*REQUIRED_COLUMNS[:3], *(f"Choice {letter}" for letter in CHOICES), *REQUIRED_COLUMNS[3:])
+COLUMNS = (*REQUIRED_COLUMNS[:3], *(f"Choice {letter}" for letter in CHOICE_LETTERS), *REQUIRED_COLUMNS[3:])
 VERSION = 1  # of what is said here in preparation.json
 ROUNDING = 1e-6  # of float32 arithmetic, in a range of 1
 
@@ -67,18 +66,18 @@ def write_manifests(collection: Collection, written: Written) -> list[str]:
     """
     output, notes = written.output, []
     if collection.manifest is not None:
-        _copy_manifest(collection.manifest, output / MANIFEST)
+        _copy_manifest(collection.manifest, output / CAPTION_MANIFEST)
     else:
         notes += _write_manifest(collection.cases, written)
     notes += _write_questions(collection, written)
     images = {image: name for image, name in written.images.items() if image in collection.labels}
     labels = list(dict.fromkeys(label for image in images for label in collection.labels[image]))
     rows = [[name, *(collection.labels[i].get(label, "") for label in labels)] for i, name in images.items()]
-    _keep_table(output / "labels.csv", [REQUIRED_COLUMNS[0], *labels], rows)
+    _keep_table(output / LABELS_TABLE, [REQUIRED_COLUMNS[0], *labels], rows)
     _keep_table(output / "unmatched.csv", ["name", "reason"], [*collection.unmatched, *collection.left_out])
     patients = [[case.folder, case.group] for case in collection.cases if case.group and case.folder in written.volumes]
     several = len({patient for _, patient in patients}) < len(patients)
-    _keep_table(output / "patients.csv", ["case", "patient"], patients if several else [])
+    _keep_table(output / PATIENTS_TABLE, ["case", "patient"], patients if several else [])
     return notes
 
 
@@ -101,10 +100,10 @@ def _write_manifest(cases: list[Case], written: Written) -> list[str]:
         manifest[written.splits[case.folder]] += [
             {"image": f"{output.name}/{volume}", "text": f"{output.name}/{text}"} for volume in volumes
         ]
-    _write_if_changed(output / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
-    notes = [f"{without} volumes have no report, and are not in {MANIFEST}"] if without else []
+    _write_if_changed(output / CAPTION_MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+    notes = [f"{without} volumes have no report, and are not in {CAPTION_MANIFEST}"] if without else []
     empty = [split for split in SPLITS if not manifest[split]]
-    return notes + ([f"{MANIFEST} has nothing under {' and '.join(empty)}"] if empty else [])
+    return notes + ([f"{CAPTION_MANIFEST} has nothing under {' and '.join(empty)}"] if empty else [])
 
 
 def _write_questions(collection: Collection, written: Written) -> list[str]:
@@ -144,7 +143,7 @@ def _keep_table(path: Path, heading: Sequence[str], rows: Sequence[Sequence], al
 
 
 def _cells(question: Question, image: str) -> list[str]:
-    choices = [choice or "NA" for choice in question.choices] or ["NA"] * len(CHOICES)
+    choices = [choice or "NA" for choice in question.choices] or ["NA"] * len(CHOICE_LETTERS)
     return [image, question.question_type, question.question, *choices, question.answer, question.answer_choice]
 
 
@@ -156,9 +155,7 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 def write_mapping(collection: Collection, path: Path) -> None:
     """Which case stands for which files: a CSV that only this user can read. It belongs to the key, not to the data."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8", newline="") as file:
-        os.fchmod(file.fileno(), 0o600)  # it may have been there
+    with atomic_path(path, 0o600) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case", "source"])
         for case in collection.cases:

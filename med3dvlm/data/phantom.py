@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from med3dvlm.data.files import write_bytes
+from med3dvlm.data.manifest import CAPTION_MANIFEST
 
 PLANES = ("axial", "coronal", "sagittal")
 PHASES = ("unenhanced", "arterial", "venous", "delayed")
@@ -269,7 +270,7 @@ def write_tables(splits: dict[str, range], seed: int, root: Path) -> None:
             rows = [row for case in cases for row in rows_of(case)]
             # As published: choices that do not exist are left empty in the yes/no files.
             write_bytes(root / "M3D-VQA" / f"M3D_VQA_{table}.csv", pd.DataFrame(rows).to_csv().encode("utf-8"))
-    write_bytes(root / "M3D_Cap" / "M3D_Cap.json", caption_manifest(splits, seed).encode("utf-8"))
+    write_bytes(root / "M3D_Cap" / CAPTION_MANIFEST, caption_manifest(splits, seed).encode("utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     args = parser.parse_args(argv)
 
     splits = split_numbers(args.cases)
-    manifest = args.output / "M3D_Cap" / "M3D_Cap.json"
+    manifest = args.output / "M3D_Cap" / CAPTION_MANIFEST
     if manifest.exists() and manifest.read_text(encoding="utf-8") != caption_manifest(splits, args.seed):
         raise FileExistsError(f"{args.output} holds another data set; name another --output")
     args.output.mkdir(parents=True, exist_ok=True)

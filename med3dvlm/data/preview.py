@@ -26,8 +26,8 @@ _SIDE, _MOST_SIDE = 192, 1024
 
 HELP = """Writes a page with some volumes of a prepared data set, one of a case, spread evenly over the splits: the
 middle slices across D, H and W, the report, and the questions with their choices and answers. What to look for: which
-way up the images are, whether windows show what the texts speak of, whether texts and images belong
-together.
+way up the images are, whether windows show what the texts speak of, whether texts and
+images belong together.
 The page holds texts and pictures of the data: keep it where the data may be kept. It loads nothing from elsewhere."""
 
 EXAMPLES = """examples:

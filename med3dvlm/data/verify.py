@@ -184,7 +184,10 @@ class Verification:
         self.values["words of a question"] = lengths
 
     def thumbnails(self) -> list[tuple[str, str, bytes]]:
-        """Pictures of the first suspect volumes: file, kinds of findings, PNG. Those that don't open have none."""
+        """Pictures of the first suspect volumes: file, kinds of findings, PNG. Those that don't open have none.
+
+        One that does not open any more is a finding.
+        """
         kinds: dict[str, list[str]] = {}
         for finding in self.findings:
             if finding.file in self.inputs.splits_of:
@@ -197,14 +200,15 @@ class Verification:
                 break
             try:
                 array = self.read(self.inputs.path(name))
-            except VolumeError:  # it opened a moment ago, and the page can do without
+            except VolumeError as error:  # it opened a moment ago
+                self.findings.append(Finding("unreadable_image", name, str(error)))
                 continue
             pictures.append((name, ", ".join(found), three_planes(array, _SIDE)))
         return pictures
 
     def write(self, output: Path) -> None:
         """Write verify.json and verify.html."""
-        inputs = self.inputs
+        inputs, pictures = self.inputs, self.thumbnails()
         counts = Counter(finding.kind for finding in self.findings)
         results = {
             "version": VERSION,
@@ -222,7 +226,7 @@ class Verification:
         }
         write_bytes(output / "verify.json", (json.dumps(results, indent=1) + "\n").encode())
         title = f"Check of {inputs.manifest or inputs.root}"
-        page = results_page(title, self.findings, self.statistics, self.values, self.thumbnails())
+        page = results_page(title, self.findings, self.statistics, self.values, pictures)
         write_bytes(output / "verify.html", page.encode("utf-8", "replace"))
 
 

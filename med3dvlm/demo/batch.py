@@ -12,19 +12,16 @@ from shutil import get_terminal_size
 from tqdm import tqdm
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS
-from med3dvlm.data.readers import READERS
+from med3dvlm.data.readers import ENDINGS, header_of
 from med3dvlm.data.readers.dicom_header import is_dicom_file
 from med3dvlm.data.readers.slices import slice_files
 from med3dvlm.data.sources.base import SourceError
-from med3dvlm.data.sources.spreadsheet import ENDINGS as TABLES
-from med3dvlm.data.sources.spreadsheet import find_columns, read_table
+from med3dvlm.data.sources.spreadsheet import TABLE_ENDINGS, find_columns, read_table
 from med3dvlm.data.sources.table import COLUMNS as TABLE_COLUMNS
 from med3dvlm.data.volume import VolumeError, reading_options
 from med3dvlm.demo.output import CommandError, ResultFile, record_of
 from med3dvlm.demo.terminal import Terminal, printable, readable, sentence
 from med3dvlm.inference import NOTICE, Chat, Med3DVLM, QuestionError
-
-SCAN_ENDINGS = (*(ending for endings in READERS for ending in endings), ".zip")
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,14 @@ def find_jobs(args: argparse.Namespace) -> list[Job] | None:
     path, many = Path(args.image_path), args.batch or args.output
     if not path.exists():  # a large model takes long to load
         raise VolumeError(f"{path}: no such file or folder")
-    if path.name.lower().endswith(TABLES) and not path.is_dir():
+    if path.name.lower().endswith(TABLE_ENDINGS) and not path.is_dir():
         return _jobs_of_table(path, args)
     if path.is_dir() and (args.batch or not (args.series or holds_one_scan(path))):
         scans = list(scans_in(path))
         if len(scans) > 1 or (scans and many):
             return [_job(scan.relative_to(path).as_posix(), scan, "", args) for scan in scans]
         if many:
-            raise VolumeError(f"{path}: holds no scans ({', '.join(SCAN_ENDINGS)}, or folders of DICOM or slices)")
+            raise VolumeError(f"{path}: holds no scans ({', '.join(ENDINGS)}, or folders of DICOM or slices)")
     return [_job(args.image_path, path, "", args)] if many else None
 
 
@@ -74,14 +71,10 @@ def scans_in(folder: Path) -> Iterator[Path]:
     for entry in _visible(folder):
         if entry.is_dir():
             yield from [entry] if holds_one_scan(entry) else scans_in(entry)
-        elif entry.name.lower().endswith(SCAN_ENDINGS) and not _is_second_half(entry):
-            yield entry
-
-
-def _is_second_half(file: Path) -> bool:
-    """The voxels of an Analyze or NIfTI pair: its `.hdr` stands for both."""
-    name, image, rest = file.name.lower().rpartition(".img")
-    return bool(image) and file.with_name(file.name[: len(name)] + f".hdr{rest}").exists()
+        elif entry.name.lower().endswith(ENDINGS):
+            header = header_of(entry)
+            if header is None or not header.exists():  # otherwise it stands for both
+                yield entry
 
 
 def _visible(folder: Path) -> list[Path]:

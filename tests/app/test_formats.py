@@ -110,6 +110,7 @@ def test_files_that_do_not_belong_together(page, scan, tmp_path):
 def test_a_dropped_file(page, scan):
     drop(page, scan)
     wait_for_scan(page, "24 × 40 × 48")
+    assert page.inner_text(".facts .name") == scan.name
 
 
 def test_a_dropped_folder_of_dicom(page, series):

@@ -132,9 +132,11 @@ def test_images_are_views_of_the_map(tmp_path, records):
 
 
 def test_a_second_start_builds_nothing(tmp_path, records, monkeypatch):
-    build(tmp_path, records)
-    monkeypatch.setattr(module, "_fill", None)
-    build(tmp_path, records)
+    first = build(tmp_path, records)
+    before = first.data_file.stat()
+    monkeypatch.setattr(module, "_fill", None)  # what would build cannot be called
+    again = build(tmp_path, records)
+    assert again.index == first.index and again.data_file.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_complete_cache_may_be_read_only(tmp_path, records, monkeypatch):

@@ -106,7 +106,7 @@ def test_gradcheck():
         states = torch.func.functional_call(Caller(encoder), replaced, (volume,))
         return states[0], states[-1]
 
-    torch.autograd.gradcheck(last_states, (volume, *values), eps=1e-6, atol=1e-4, rtol=1e-3, fast_mode=True)
+    assert torch.autograd.gradcheck(last_states, (volume, *values), eps=1e-6, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
 class Caller(torch.nn.Module):

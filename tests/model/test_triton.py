@@ -155,7 +155,9 @@ def test_inference_equals_the_plain_path(name, monkeypatch):
     encoder = encoder_of(name)
     volume = rule_volume("fused", (2, 1, 7, 19, 22)).to(DEVICE).transpose(3, 4)  # [2, 1, 7, 22, 19], not contiguous
     with torch.no_grad():
-        for dtype, tolerance in ((EXACT, TOLERANCE), (torch.bfloat16, 3e-2)):  # the interpreter cuts off, not rounds
+        # The interpreter cuts bfloat16 off instead of rounding it; float16 shows what rounding alone does.
+        coarse = 5e-2 if DEVICE == "cpu" else 3e-2
+        for dtype, tolerance in ((EXACT, TOLERANCE), (torch.float16, 3e-3), (torch.bfloat16, coarse)):
             expected = copy.deepcopy(encoder).to(EXACT)._plain(volume.to(EXACT))
             found = triton_encoder.FoldedEncoder(encoder, dtype)(volume)
             assert all(state.dtype == dtype for state in found)

@@ -163,8 +163,11 @@ def test_each_width_is_compiled_for_itself(monkeypatch):
     assert all(isinstance(sizes[1], int) for sizes in graphs), "the width became a variable"
 
 
-def test_the_trial_runs():
-    triton_tuning.try_out(torch.device(DEVICE))
+def test_the_trial_runs_and_notices_a_kernel_that_does_nothing(monkeypatch):
+    assert triton_tuning.try_out(torch.device(DEVICE)) is None
+    monkeypatch.setattr(triton_tuning.triton_kernels, "trial_kernel", {(1,): lambda one: None})
+    with pytest.raises(RuntimeError, match="did not"):
+        triton_tuning.try_out(torch.device(DEVICE))
 
 
 @pytest.mark.slow

@@ -9,14 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from med3dvlm.data.checks.findings import Finding
-from med3dvlm.data.manifest import PATH_COLUMN, ManifestError, VQARecord, read_caption_manifest, read_vqa_csv
+from med3dvlm.data.manifest import (
+    CAPTION_MANIFEST,
+    LABELS_TABLE,
+    PATH_COLUMN,
+    PATIENTS_TABLE,
+    ManifestError,
+    VQARecord,
+    read_caption_manifest,
+    read_vqa_csv,
+)
 from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.data.profile import PREPARATION_FILE, read_preparation
+from med3dvlm.data.sources.base import SPLIT_NAMES
 
-MANIFEST = "M3D_Cap.json"
 PREPARED_FOLDER, TABLES = "M3D_Cap_npy", "M3D_VQA_*.csv"
-PATIENTS, LABELS = "patients.csv", "labels.csv"  # beside the manifest, where preparation knew them
-_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
 class NothingToCheck(ValueError):
@@ -86,8 +93,8 @@ def find_inputs(folder, manifest=None, tables=None, data_root=None) -> Inputs:
         tables = [table for place in places for table in sorted(place.glob(TABLES))]
     if not manifest and not tables:
         raise NothingToCheck(
-            f"{folder} holds no {MANIFEST} and no {TABLES}: name the prepared folder, the data root that holds it and "
-            "M3D-VQA, or give --manifest or --tables"
+            f"{folder} holds no {CAPTION_MANIFEST} and no {TABLES}: name the prepared folder, the data root that holds "
+            "it and M3D-VQA, or give --manifest or --tables"
         )
     root = Path(data_root).absolute() if data_root else _find_root(folder, manifest)
     inputs = Inputs(root, manifest)
@@ -113,9 +120,9 @@ def preparation_of(inputs: Inputs) -> PreprocessConfig | None:
 
 
 def _find_manifest(folder: Path) -> Path | None:
-    if (folder / MANIFEST).is_file():
-        return folder / MANIFEST
-    found = sorted(folder.glob(f"*/{MANIFEST}"))
+    if (folder / CAPTION_MANIFEST).is_file():
+        return folder / CAPTION_MANIFEST
+    found = sorted(folder.glob(f"*/{CAPTION_MANIFEST}"))
     prepared = [path for path in found if (path.parent / PREPARATION_FILE).is_file()]
     prepared = prepared or [path for path in found if path.parent.name == PREPARED_FOLDER] or found
     if len(prepared) > 1:
@@ -161,7 +168,7 @@ def _read_manifest(inputs: Inputs) -> None:
             continue
         for record in records:
             image = inputs.name(record.image)
-            inputs.splits_of[image].add(_SPLITS.get(split, split))
+            inputs.splits_of[image].add(SPLIT_NAMES.get(split, split))
             inputs.text_of[image] = inputs.name(record.text_path)
             listed[image, split] += 1
     for (image, split), times in listed.items():
@@ -179,14 +186,14 @@ def _read_table(inputs: Inputs, path: Path) -> None:
         return
     inputs.questions[name] = records
     words = re.findall("[a-z]+", path.stem.lower())
-    splits = {_SPLITS[word] for word in words if word in _SPLITS}
+    splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     for record in records:
         inputs.splits_of[inputs.name(record.image)] |= splits
 
 
 def _read_patients(inputs: Inputs, folder: Path) -> None:
     """Whose the images are, by the folders of their cases."""
-    rows = _rows(inputs, folder / PATIENTS, "case", "patient")
+    rows = _rows(inputs, folder / PATIENTS_TABLE, "case", "patient")
     patients = {inputs.name(folder / row["case"]): row["patient"] for row in rows}
     for image in inputs.splits_of:
         patient = patients.get(Path(image).parent.as_posix())
@@ -196,8 +203,8 @@ def _read_patients(inputs: Inputs, folder: Path) -> None:
 
 def _read_labels(inputs: Inputs, folder: Path) -> None:
     """Count the labels; what is neither 0, 1 nor empty is a finding."""
-    name = inputs.name(folder / LABELS)
-    for number, row in enumerate(_rows(inputs, folder / LABELS, PATH_COLUMN)):
+    name = inputs.name(folder / LABELS_TABLE)
+    for number, row in enumerate(_rows(inputs, folder / LABELS_TABLE, PATH_COLUMN)):
         wrong = [label for label, value in row.items() if label != PATH_COLUMN and value not in ("0", "1", "")]
         if wrong:
             inputs.findings.append(Finding("manifest", name, f"{wrong[0]}: expected 0, 1 or nothing", str(number)))

@@ -21,6 +21,7 @@ READERS: dict[tuple[str, ...], Callable[[Path, Reading], Decoded]] = {
     (".npy",): read_npy,
     (".npz",): read_npz,
 }
+ENDINGS = (*(ending for endings in READERS for ending in endings), ".zip")  # of volumes; DICOM has none
 KNOWN = (
     "NIfTI (.nii, .nii.gz, .hdr/.img), DICOM (a folder, a file), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), "
     "NumPy (.npy, .npz), a folder of .png or .jpeg slices, a .zip of one of these"
@@ -67,7 +68,7 @@ def list_series(path: Path, max_voxels: int) -> list[SeriesInfo]:
 
 def _reader_of(file: Path) -> Callable[[Path, Reading], Decoded] | None:
     """The reader for the ending of a file name; DICOM has none. An `.img` without its `.hdr` may be DICOM, too."""
-    header = _header_of(file)
+    header = header_of(file)
     if header and not header.exists():
         return None
     for suffixes, reader in READERS.items():
@@ -81,7 +82,7 @@ def _decode_folder(folder: Path, reading: Reading) -> Decoded:
     with decoding(folder):
         entries = sorted(e for e in folder.iterdir() if not e.name.startswith("."))
         slices = slice_files(folder)
-    volumes = [e for e in entries if e.is_file() and _reader_of(e) and _header_of(e) not in entries]
+    volumes = [e for e in entries if e.is_file() and _reader_of(e) and header_of(e) not in entries]
     if slices and all(e.suffix.lower() in SLICE_SUFFIXES + BESIDE_SLICES for e in entries):
         return read_slices(folder, reading)
     from med3dvlm.data.readers.dicom import looks_like_dicom, read_dicom
@@ -102,7 +103,7 @@ def _decode_folder(folder: Path, reading: Reading) -> Decoded:
     raise VolumeError(f"{folder}: holds no slices ({', '.join(SLICE_SUFFIXES)}), no DICOM and no volume file: {found}")
 
 
-def _header_of(file: Path) -> Path | None:
+def header_of(file: Path) -> Path | None:
     """The file that stands for both in a pair of `.hdr` and `.img`; None for what is no `.img`."""
     header = re.sub(r"\.img(\.gz)?$", r".hdr\1", re.sub(r"\.IMG(\.GZ)?$", r".HDR\1", file.name))
     return None if header == file.name else file.with_name(header)

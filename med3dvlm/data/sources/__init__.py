@@ -5,6 +5,7 @@ from pathlib import Path
 
 from med3dvlm.data.sources import amos_mm, ct_rate, m3d, table, volumes
 from med3dvlm.data.sources.base import Case, Collection, SourceError, SourceOptions
+from med3dvlm.data.sources.spreadsheet import TABLE_ENDINGS
 
 __all__ = ["SOURCES", "Collection", "SourceError", "SourceOptions", "collect", "recognise", "refuse_overwriting"]
 
@@ -21,7 +22,7 @@ def recognise(root: Path) -> str:
             return name
     raise SourceError(
         f"{root}: holds neither {' or '.join(m3d.SPLIT_FOLDERS)} (M3D), nor CT-RATE, AMOS-MM, a list "
-        f"({', '.join(table.ENDINGS)}) or any volume (unpack archives first)"
+        f"({', '.join(TABLE_ENDINGS)}) or any volume (unpack archives first)"
     )
 
 

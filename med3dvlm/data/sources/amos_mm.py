@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from med3dvlm.data.manifest import CHOICE_LETTERS
 from med3dvlm.data.sources.base import (
-    CHOICES,
     Case,
     Collection,
     Item,
@@ -92,7 +92,7 @@ def _question(item: dict, image: str, path: Path) -> Question:
     if missing:
         raise SourceError(f"{path}, {item['image']}: lacks {' and '.join(missing)}; it has {', '.join(item)}")
     options = item.get("options") or {}
-    if not isinstance(options, dict) or not all(k in CHOICES and isinstance(v, str) for k, v in options.items()):
+    if not isinstance(options, dict) or not all(k in CHOICE_LETTERS and isinstance(v, str) for k, v in options.items()):
         raise SourceError(f"{path}, {item['image']}: expected options A to D, found {options!r:.80}")
     answer, letter = item["answer"].strip(), ""
     if options:
@@ -100,5 +100,5 @@ def _question(item: dict, image: str, path: Path) -> Question:
         if not letter:
             raise SourceError(f"{path}, {item['image']}: the answer {answer!r} is none of the options")
         answer = options[letter]
-    choices = tuple(options.get(key, "") for key in CHOICES) if options else ()
+    choices = tuple(options.get(key, "") for key in CHOICE_LETTERS) if options else ()
     return Question(image, item["question"].strip(), answer, str(item.get("type", "")), choices, letter)

@@ -16,7 +16,6 @@ SPLIT_NAMES = {
     "validation": "validation", "valid": "validation", "val": "validation", "va": "validation", "dev": "validation",
     "test": "test", "testing": "test", "ts": "test",
 }  # fmt: skip
-CHOICES = ("A", "B", "C", "D")
 
 
 class SourceError(ValueError):

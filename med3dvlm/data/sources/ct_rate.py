@@ -8,8 +8,8 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from med3dvlm.data.manifest import CHOICE_LETTERS
 from med3dvlm.data.sources.base import (
-    CHOICES,
     Case,
     Collection,
     Item,
@@ -196,7 +196,7 @@ def _rad_questions(path: Path, images: dict[str, str], questions: dict, unmatche
         if name not in images:
             unmatched.append(row["VolumeName"])
             continue
-        choices = tuple(row.get(f"Choice {letter}", "-") for letter in CHOICES)
+        choices = tuple(row.get(f"Choice {letter}", "-") for letter in CHOICE_LETTERS)
         choices = tuple("" if choice == "-" else choice for choice in choices)
         letter = row["AnswerChoice"]
         closed = row["QuestionType"].lower().startswith("close") and any(choices)

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
+from med3dvlm.data.manifest import CAPTION_MANIFEST
 from med3dvlm.data.sources.base import Case, Collection, SourceError, SourceOptions
 
 SPLIT_FOLDERS = ("ct_case", "ct_quizze")
-MANIFEST = "M3D_Cap.json"
 
 
 def raw_root(root: Path) -> Path:
@@ -33,5 +33,5 @@ def read(root: Path, options: SourceOptions) -> Collection:
             f"{root} holds no case: expected {' or '.join(SPLIT_FOLDERS)}, with one folder a case in it "
             "(unpack archives first)"
         )
-    manifests = [path for path in (raw / MANIFEST, root / MANIFEST) if path.is_file()]
+    manifests = [path for path in (raw / CAPTION_MANIFEST, root / CAPTION_MANIFEST) if path.is_file()]
     return Collection("m3d", root, cases, manifest=manifests[0] if manifests else None)

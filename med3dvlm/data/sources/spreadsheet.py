@@ -8,7 +8,7 @@ from pathlib import Path
 
 from med3dvlm.data.sources.base import SourceError
 
-ENDINGS = (".csv", ".tsv", ".xlsx", ".jsonl", ".json")
+TABLE_ENDINGS = (".csv", ".tsv", ".xlsx", ".jsonl", ".json")
 DELIMITERS = ",;\t"  # Excel writes semicolons where a comma is the decimal mark
 
 

@@ -7,8 +7,8 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+from med3dvlm.data.manifest import CHOICE_LETTERS
 from med3dvlm.data.sources.base import (
-    CHOICES,
     Case,
     Collection,
     Item,
@@ -19,7 +19,7 @@ from med3dvlm.data.sources.base import (
     known_split,
 )
 from med3dvlm.data.sources.pseudonyms import Pseudonyms, pseudonyms
-from med3dvlm.data.sources.spreadsheet import ENDINGS, find_columns, read_table
+from med3dvlm.data.sources.spreadsheet import TABLE_ENDINGS, find_columns, read_table
 from med3dvlm.data.sources.volumes import stem
 
 # What a list may say -> the names under which it is looked for, best first: a patient goes before a case, as patients
@@ -33,14 +33,14 @@ COLUMNS = {
     "question_type": ("question type",),
     "answer": ("answer",),
     "answer_choice": ("answer choice",),
-    **{f"choice_{letter.lower()}": (f"choice {letter.lower()}",) for letter in CHOICES},
+    **{f"choice_{letter.lower()}": (f"choice {letter.lower()}",) for letter in CHOICE_LETTERS},
 }
 NO_CHOICE = "NA"
 SHOWN = 20  # problems in an error
 
 
 def recognise(root: Path) -> bool:
-    return root.is_file() and root.name.lower().endswith(ENDINGS)
+    return root.is_file() and root.name.lower().endswith(TABLE_ENDINGS)
 
 
 def read(root: Path, options: SourceOptions) -> Collection:
@@ -84,7 +84,7 @@ def _cells(cells: dict[str, str], folder: Path) -> dict[str, str]:
     """A row in one spelling: a file has one name, a report one line, an answer its words and its letter."""
     cells["image"] = _one_name(cells["image"], folder)
     cells["text"] = " ".join(cells.get("text", "").split())
-    texts = {letter: cells.get(f"choice_{letter.lower()}", "") for letter in CHOICES}
+    texts = {letter: cells.get(f"choice_{letter.lower()}", "") for letter in CHOICE_LETTERS}
     texts = {letter: text for letter, text in texts.items() if text not in ("", NO_CHOICE)}
     letters = {text: letter for letter, text in reversed(texts.items())}
     answer, letter = cells.get("answer", ""), cells.get("answer_choice", "") if texts else ""
@@ -92,7 +92,7 @@ def _cells(cells: dict[str, str], folder: Path) -> dict[str, str]:
         letter = letters.get(letter, letter) or letters.get(answer, answer if answer in texts else "")
     if answer not in letters and answer in ("", letter):  # missing, or the letter
         answer = texts.get(letter, "")
-    choices = {f"choice_{letter.lower()}": texts.get(letter, "") for letter in CHOICES}
+    choices = {f"choice_{letter.lower()}": texts.get(letter, "") for letter in CHOICE_LETTERS}
     return cells | choices | {"answer": answer, "answer_choice": letter}
 
 
@@ -128,10 +128,10 @@ def _check_row(where: str, cells: dict, root: Path, volumes: dict[str, dict], pr
         volume[key] = volume[key] or cells.get(key, "")
     letter, answer = cells["answer_choice"], cells["answer"]
     if cells.get("question"):
-        choices = [cells[f"choice_{letter.lower()}"] for letter in CHOICES]
+        choices = [cells[f"choice_{letter.lower()}"] for letter in CHOICE_LETTERS]
         if not answer:
             problems.append(f"{where}: a question without an answer")
-        elif any(choices) and (letter not in CHOICES or choices[CHOICES.index(letter)] != answer):
+        elif any(choices) and (letter not in CHOICE_LETTERS or choices[CHOICE_LETTERS.index(letter)] != answer):
             problems.append(f"{where}: answer_choice {letter!r} is not the choice {answer!r}")
     elif answer:
         problems.append(f"{where}: an answer without a question")
@@ -181,6 +181,6 @@ def _cases(root: Path, volumes: dict[str, dict], names: Pseudonyms | None) -> tu
 
 
 def _question(cells: dict[str, str], image: str) -> Question:
-    choices = tuple(cells[f"choice_{letter.lower()}"] for letter in CHOICES)
+    choices = tuple(cells[f"choice_{letter.lower()}"] for letter in CHOICE_LETTERS)
     return Question(image, cells["question"], cells["answer"], cells.get("question_type", "").removesuffix(".0"),
                     choices if any(choices) else (), cells["answer_choice"])  # fmt: skip

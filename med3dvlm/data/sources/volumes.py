@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from med3dvlm.data.readers import ENDINGS, SLICE_SUFFIXES, header_of
 from med3dvlm.data.readers.dicom_header import is_dicom_file
 from med3dvlm.data.sources.base import (
     SPLIT_NAMES,
@@ -25,10 +26,6 @@ from med3dvlm.data.sources.base import (
 from med3dvlm.data.sources.dicom import dicom_cases, first_folder, holds_dicom
 from med3dvlm.data.sources.pseudonyms import pseudonyms
 
-ENDINGS = (
-    ".nii.gz", ".nii", ".hdr.gz", ".hdr", ".img.gz", ".img", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy", ".npz", ".zip",
-)  # fmt: skip
-SLICES = (".png", ".jpeg", ".jpg")
 OTHER = (  # files that are not opened to see whether they are DICOM
     ".txt", ".json", ".csv", ".md", ".xml", ".pdf", ".html", ".log", ".tsv", ".xlsx", ".raw", ".zraw", ".bval", ".bvec",
 )  # fmt: skip
@@ -42,7 +39,8 @@ def read(root: Path, options: SourceOptions) -> Collection:
     """Raises SourceError where there is no volume."""
     found = list(_found(root))
     if not found:
-        raise SourceError(f"{root}: holds no volume ({', '.join(ENDINGS)}, DICOM, folders of {', '.join(SLICES)})")
+        known = f"{', '.join(ENDINGS)}, DICOM, folders of {', '.join(SLICE_SUFFIXES)}"
+        raise SourceError(f"{root}: holds no volume ({known})")
     scans = [path for path, dicom in found if dicom]
     files = [path for path, dicom in found if not dicom]
     if options.reports and not scans:
@@ -84,15 +82,15 @@ def _found(root: Path) -> Iterator[tuple[Path, bool]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
         known = {name for name in names if name.lower().endswith(ENDINGS)}
-        if sum(name.lower().endswith(SLICES) for name in names) > 1:
+        if sum(name.lower().endswith(SLICE_SUFFIXES) for name in names) > 1:
             yield Path(folder), False
         for name in names:
             if name in known:
-                head, ending, gz = name.partition(".img")
-                if not (ending and f"{head}.hdr{gz}" in known):  # otherwise the header stands for both
-                    path = Path(folder, name)
+                path = Path(folder, name)
+                header = header_of(path)
+                if header is None or header.name not in known:  # otherwise the header stands for both
                     yield path, path.suffix.lower() == ".zip" and holds_dicom(path)
-            elif not name.lower().endswith(SLICES + OTHER) and is_dicom_file(os.path.join(folder, name)):
+            elif not name.lower().endswith(SLICE_SUFFIXES + OTHER) and is_dicom_file(os.path.join(folder, name)):
                 yield Path(folder, name), True
 
 

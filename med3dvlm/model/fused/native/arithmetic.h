@@ -43,6 +43,18 @@ inline lanes load(const bfloat16* x) {
     return (lanes)(__builtin_convertvector(*(const shorts*)x, longs) << 16);
 }
 
+// to[n] = row, or += row
+template <class T>
+inline void put_row(const float* row, long n, T* to, bool add) {
+    if (add) {
+        #pragma omp simd
+        for (long c = 0; c < n; ++c) put(to[c], get(to[c]) + row[c]);
+    } else {
+        #pragma omp simd
+        for (long c = 0; c < n; ++c) put(to[c], row[c]);
+    }
+}
+
 // Calls f with a value of the storage type.
 template <class F>
 void with_storage(bool half, F f) {

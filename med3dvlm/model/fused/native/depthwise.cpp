@@ -24,14 +24,7 @@ void convolve(const T* x, const Lines& lines, const float* taps, const float* bi
                         sum += load(taps + t * n + c) * load(from + t * lines.inner * n + c);
                     *(lanes*)&row[c] = sum;
                 }
-                T* to = y + place * n;
-                if (add) {
-                    #pragma omp simd
-                    for (long c = 0; c < n; ++c) put(to[c], get(to[c]) + row[c]);
-                } else {
-                    #pragma omp simd
-                    for (long c = 0; c < n; ++c) put(to[c], row[c]);
-                }
+                put_row(row.data(), n, y + place * n, add);
                 if (sums) ours.see(row.data());
             }
             if (sums) ours.end_block();

@@ -103,17 +103,6 @@ void collect(const float* u, long step, long n, float* y) {
     }
 }
 
-template <class T>
-void write(const float* row, long n, T* to, bool add) {
-    if (add) {
-        #pragma omp simd
-        for (long c = 0; c < n; ++c) put(to[c], get(to[c]) + row[c]);
-    } else {
-        #pragma omp simd
-        for (long c = 0; c < n; ++c) put(to[c], row[c]);
-    }
-}
-
 template <class T, class S>
 void convolve(const S& source, const Lines& lines, const float* weights, const float* bias, T* y, bool add,
               double* sums, long n, long n_out, int threads) {
@@ -140,7 +129,7 @@ void convolve(const S& source, const Lines& lines, const float* weights, const f
                     float* row = &few[j * n_out];
                     if (bias)
                         for (long c = 0; c < n_out; ++c) row[c] += bias[c];
-                    write(row, n_out, y + (group.start + j * group.step) * n_out, add);
+                    put_row(row, n_out, y + (group.start + j * group.step) * n_out, add);
                     if (sums) ours.see(row);
                 }
             }
