@@ -24,6 +24,7 @@ from med3dvlm.inference import (
     load_model,
 )
 from med3dvlm.model.weights import CheckpointError
+from tests.helpers.commands import ROOT
 from tests.helpers.tiny_data import clip_tokenizer, write_prepared_tree
 from tests.helpers.tiny_model import TINY_SIZE, write_tiny_clip, write_tiny_vlm
 
@@ -299,6 +300,19 @@ def test_stop_from_another_thread_ends_the_stream(model, paths):
     assert list(stream) == []
     assert stream.answer.text.startswith(first) and 1 <= stream.answer.tokens < 10 and not stream.answer.finished
     assert threading.active_count() == before
+
+
+def test_a_program_may_end_in_the_middle_of_a_stream(folder, paths):
+    program = """
+import sys
+from med3dvlm import load_model
+stream = load_model(sys.argv[1]).stream(sys.argv[2], "Where?", max_new_tokens=400)
+print(len(next(stream)))
+"""
+    command = [sys.executable, "-c", program, str(folder), str(paths[0])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) >= 1
+    assert "Exception ignored" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_was_shown_is_the_answer_when_a_stream_is_stopped(model, paths):

@@ -6,13 +6,14 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from med3dvlm.data.data_card import Written, draw_splits, split_rule, write_data_card
 from med3dvlm.data.files import atomic_path, write_bytes
 from med3dvlm.data.ledger import FAILED, read_ledgers
 from med3dvlm.data.manifest import CAPTION_MANIFEST, CHOICE_LETTERS, LABELS_TABLE, PATIENTS_TABLE, REQUIRED_COLUMNS
-from med3dvlm.data.profile import DataProfile, write_preparation
+from med3dvlm.data.profile import PUBLISHED_PROFILE, DataProfile, write_preparation
 from med3dvlm.data.sources.base import SPLITS, Case, Collection, Question
 from med3dvlm.data.volume import PREPARED_ERROR
 from med3dvlm.data.work import Options
@@ -38,6 +39,8 @@ def write_outputs(collection: Collection, options: Options, fractions: tuple[flo
         written.add(line["case"], line["volume"].removesuffix(".nii.gz"), line["volume"])
     notes = write_manifests(collection, written)
     profile = DataProfile.from_summaries(line["summary"] for line in lines if line.get("summary"))
+    if collection.kind == "m3d" and lines and not profile.modalities:  # its pictures don't say, but all of M3D is CT
+        profile = replace(profile, modalities=PUBLISHED_PROFILE.modalities)
     write_preparation(
         options.output,
         options.config,

@@ -17,7 +17,6 @@ from med3dvlm.inference.results import Answer, Sampling
 from med3dvlm.model.vlm import VLMForCausalLM
 
 
-@torch.inference_mode()
 def next_tokens(
     model: VLMForCausalLM,
     embeds: Tensor,
@@ -39,16 +38,17 @@ def next_tokens(
     cache = DynamicCache(config=model.config)
     ended = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
     for _ in range(max_new_tokens):
-        output = model(**inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                       logits_to_keep=1)  # fmt: skip
-        ids = choose(output.logits[:, -1])  # [B]
+        with torch.inference_mode():  # not around the yield: a stream may be left at any token
+            output = model(**inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                           use_cache=True, logits_to_keep=1)  # fmt: skip
+            ids = choose(output.logits[:, -1])  # [B]
+            ended = ended | (ids == end)
+            inputs = {"input_ids": ids[:, None]}
+            mask = F.pad(mask, (0, 1), value=1)
+            positions = positions[:, -1:] + 1  # [B, 1]
         yield ids.tolist()
-        ended |= ids == end
         if ended.all():
             return
-        inputs = {"input_ids": ids[:, None]}
-        mask = F.pad(mask, (0, 1), value=1)
-        positions = positions[:, -1:] + 1  # [B, 1]
 
 
 def _chooser(sampling: Sampling, rows: int) -> Callable[[Tensor], Tensor]:

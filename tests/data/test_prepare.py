@@ -14,6 +14,7 @@ from PIL import Image
 
 from med3dvlm.data import prepare
 from med3dvlm.data.manifest import clean_report_text, rename_manifest
+from med3dvlm.data.profile import read_preparation
 from med3dvlm.data.volume import load_volume
 from tests.helpers.tiny_data import GOLDEN_DATA, unpack_tree, write_slices
 
@@ -77,6 +78,8 @@ def test_tree_texts_and_folded_names(raw, tmp_path):
         "preparation.json",
     ]  # fmt: skip
     assert (tmp_path / "out/ct_case/000001/text.txt").read_text() == "A cyst in the liver."
+    _, profile = read_preparation(tmp_path / "out")
+    assert (profile.modalities, profile.values, profile.cases) == (("CT",), "0..1", 3)  # M3D's pictures don't say CT
     image = nib.load(tmp_path / "out/ct_case/000001/Axial_C.nii.gz")
     assert image.get_data_dtype() == np.uint8 and image.shape == (8, 6, 4)
 
