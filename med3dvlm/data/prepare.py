@@ -76,7 +76,7 @@ def prepare(cases: list, options: Options, workers: int, ledger: Ledger, summary
 
     workers: processes; this one alone where 1.
     """
-    queue = _Queue(Task(case, stale) for case, stale in _with_stale(cases, options))
+    queue = _Queue(Task(case, finished) for case, finished in _with_finished(cases, options))
     running: dict[str, list[Started]] = {}  # case in work -> its volumes so far
     messages = run_tasks(partial(CaseWorker, options), queue, min(workers, max(1, len(cases))))
     progress = tqdm(total=len(cases), desc="preparing", unit="case", smoothing=0.05)
@@ -108,18 +108,22 @@ def prepare(cases: list, options: Options, workers: int, ledger: Ledger, summary
     return ""
 
 
-def _with_stale(cases: list, options: Options) -> Iterator[tuple]:
-    """Each case with its results that the ledger knows to be made with other options, or from another file."""
+def _with_finished(cases: list, options: Options) -> Iterator[tuple]:
+    """Each case with its results that the ledger knows to be made with these options and from the same file.
+
+    One that it doesn't know, because a run was killed just before it was entered, is done again: what a data set's
+    profile wants to know of it is in the ledger only.
+    """
     lines = read_ledgers(options.output)
-    stale: dict[str, set[str]] = {}
+    known: dict[str, set[str]] = {}
     for volume, line in lines.items():
-        if line.get("options", options.digest) != options.digest:
-            stale.setdefault(line["case"], set()).add(volume)
+        if line.get("options") == options.digest:
+            known.setdefault(line["case"], set()).add(volume)
     for case in cases:
         items = [item for item in case.items if not (case.hidden or item.dicom)]
         sources = {f"{case.folder}/{item.name}.nii.gz": os.path.relpath(item.path, options.root) for item in items}
         moved = {volume for volume, source in sources.items() if lines.get(volume, {}).get("source", source) != source}
-        yield case, frozenset(moved | stale.get(case.folder, set()))
+        yield case, frozenset(known.get(case.folder, set()) - moved)
 
 
 def chosen(collection: Collection, shard: tuple[int, int] | None, limit: int | None) -> list:

@@ -127,7 +127,7 @@ def load_volume(
 
 
 def list_series(path, max_voxels: int = MAX_VOXELS) -> list[SeriesInfo]:
-    """The DICOM series of a folder, a file or a zip, without anything that identifies a person.
+    """The DICOM series of a folder, a file or a zip; UID and description as the headers have them.
 
     Their numbers are the SeriesNumbers of the headers where those tell all usable series apart, else 1, 2, ...
     Raises:

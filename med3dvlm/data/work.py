@@ -68,10 +68,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """A case to work on. stale: results that were made with other options. handled: results not to look at again."""
+    """A case to work on. finished: results as they should be, if they are whole. handled: not to be looked at again."""
 
     case: Case
-    stale: frozenset[str] = frozenset()
+    finished: frozenset[str] = frozenset()
     handled: frozenset[str] = frozenset()
 
 
@@ -172,7 +172,7 @@ class CaseWorker:
             return
         yield Started(volume, self._source(case, item))
         sources = item.files or [item.path]
-        if volume not in task.stale and is_finished(target, sources, options.config, options.dtype):
+        if volume in task.finished and is_finished(target, sources, options.config, options.dtype):
             yield self._entry(case, item, volume, SKIPPED, "finished before", bytes=target.stat().st_size)
             return
         start = time.perf_counter()

@@ -180,6 +180,21 @@ def test_a_dry_run_counts_and_writes_nothing(raw, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_volume_that_a_kill_kept_out_of_the_ledger_is_done_again(raw, tmp_path, capsys):
+    """Its file has its final name; what the profile wants to know of it was lost."""
+    out = tmp_path / "out"
+    run(raw, out)
+    before, recorded = results(out), (out / "preparation.json").read_text()
+    ledger = out / "ledger.jsonl"
+    lost = "ct_case/000000/Axial.nii.gz"
+    kept = [line for line in ledger.read_text().splitlines() if json.loads(line)["volume"] != lost]
+    ledger.write_text("\n".join(kept) + "\n")
+    capsys.readouterr()
+    assert run(raw, out) == 0
+    assert "1 volumes written, 11 were finished before" in capsys.readouterr().out
+    assert results(out) == before and (out / "preparation.json").read_text() == recorded
+
+
 @pytest.mark.parametrize("options", [("--dtype", "float16"), ("--size", "4", "8", "8"), ("--preset", "mr"),
                                      ("--no_crop",), ("--flip", "D")])  # fmt: skip
 def test_results_of_other_options_are_done_again(raw, tmp_path, capsys, options):

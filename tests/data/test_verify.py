@@ -328,6 +328,13 @@ def test_slices_out_of_order_are_seen_through_the_resize(scans):
     assert not out_of_order(np.random.default_rng(0).random((40, 20, 20), np.float32))
 
 
+def test_even_slices_before_the_odd_ones_are_seen_where_all_is_smooth():
+    coarse = torch.from_numpy(np.random.default_rng(0).random((1, 1, 7, 8, 8)))
+    smooth = torch.nn.functional.interpolate(coarse, (64, 48, 48), mode="trilinear")[0, 0].numpy()
+    assert not out_of_order(smooth)
+    assert out_of_order(smooth[np.argsort(np.arange(64) % 2, kind="stable")])
+
+
 def test_fingerprints(scans):
     array = np.random.default_rng(0).random((16, 24, 40), np.float32)
     np.testing.assert_allclose(block_means(array), array.reshape(8, 2, 8, 3, 8, 5).mean((1, 3, 5)), rtol=1e-5)

@@ -12,7 +12,7 @@ PUBLISHED_SIZE = (128, 256, 256)  # D, H, W
 MAX_VOXELS = 400_000_000  # 1500 slices of 512x512; 1.6 GB as float32
 DEFLATE_LIMIT = 1032  # deflate expands no byte to more than this many
 MAX_RATIO = 200  # scans shrink by less, however they are compressed; masks of moderate size may shrink by more
-MEMORY_FREE = 1 << 31  # bytes that files of any ratio may take
+MEMORY_FREE = 1_500_000_000  # bytes that files of any ratio may take; with the program itself 2 GB are enough
 NAN_RULES = ("error", "fill")
 MOST_CHOICES = 1000  # that an error lists
 PICK_FRAME = "name it (frame=N, --frame N on the command line)"
@@ -93,7 +93,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class SeriesInfo:
-    """One series of a DICOM folder; holds nothing that identifies a person.
+    """One series of a DICOM folder. UID and description are those of the header, which may say anything.
 
     number: the header's SeriesNumber where those of all usable series are positive and differ, else 1, 2, ... in the
         order of the listing. None where there is none: a file that cannot be parsed, or one that is no volume.
