@@ -1,20 +1,21 @@
 """The encoder for inference: batch norms folded into the kernels, additions and activations into the convolutions.
 
-Against the plain formulation: the stem's first two layers are one (`stem`), the three centre taps of a dense layer are
-one tap, a sum of three branches is one buffer to which each convolution adds, GELU and layer scale and the residual
-connection belong to the point-wise layers. In float32, C++ kernels (`native`) take the stem's later layers and the
-feed-forward parts where there is a compiler. Results differ from the plain ones by rounding only.
+Against the plain formulation: the stem's layers are one (`fourier`; without the C++ kernels of `native`, or for small
+volumes, the first two are, `stem`), the three centre taps of a dense layer are one tap, a sum of three branches is one
+buffer to which each convolution adds, GELU and layer scale and the residual connection belong to the point-wise layers.
+Results differ from the plain ones by rounding only.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.model.fused import feed_forward, stem
-from med3dvlm.model.fused.axes import AxisSum, NativeSum, dense_sum, kernels_of
+from med3dvlm.model.fused import feed_forward, fourier, stem
+from med3dvlm.model.fused.axes import AxisSum, dense_sum, kernels_of
 
 
 class FoldedBlock:
@@ -38,6 +39,43 @@ class FoldedBlock:
         return x
 
 
+class FoldedStem:
+    """The stem's four layers, folded in the form that suits a volume when the first such volume comes."""
+
+    def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
+        self.layers, self.dtype = layers, dtype
+
+    def __call__(self, volume: Tensor) -> Tensor:
+        """[B, 1, D, H, W] -> [B, D', H', W', C]."""
+        return (self.as_one if fourier.pays(volume, self.dtype) else self.as_three)(volume)
+
+    @functools.cached_property
+    def as_one(self) -> fourier.FourierStem:
+        return fourier.FourierStem(self.layers, self.dtype)
+
+    @functools.cached_property
+    def as_three(self) -> LayeredStem:
+        return LayeredStem(self.layers, self.dtype)
+
+
+class LayeredStem:
+    """Three layers instead of four, the first over `stem.columns`."""
+
+    def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
+        first = stem.first_layer(stem.tap_rows(layers[0]), stem.running_affine(layers[0]))
+        kernels, bias = stem.normalised(stem.second_layer(layers[1], first), stem.running_affine(layers[1]))
+        self.dtype = dtype
+        self.layers = [dense_sum(stem.constant_into_columns(kernels, bias), None, dtype)]
+        self.layers += [dense_sum(*folded_branches(layer), dtype) for layer in layers[2:]]
+
+    def __call__(self, volume: Tensor) -> Tensor:
+        """[B, 1, D, H, W] -> [B, D', H', W', C]."""
+        x = stem.columns(volume, self.dtype)  # [B, D', H', W', 20]
+        for layer in self.layers:
+            x = layer(x)  # [B, D', H', W', C]
+        return x
+
+
 class FoldedEncoder:
     """What inference needs of a `DCFormer`, folded once from its present weights and running statistics.
 
@@ -47,18 +85,14 @@ class FoldedEncoder:
     """
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype):
-        self.dtype = dtype
-        self.stem = folded_stem(encoder.encoder["s0"][0], dtype)
+        self.stem = FoldedStem(encoder.encoder["s0"][0], dtype)
         self.stages = [
             [FoldedBlock(block, dtype) for block in encoder.encoder[name]] for name in encoder.encoder if name != "s0"
         ]
 
     def __call__(self, volume: Tensor) -> list[Tensor]:
         """[B, 1, D, H, W] -> five hidden states [B, D' * H' * W', C] in `dtype`."""
-        x = stem.columns(volume, self.dtype)  # [B, D', H', W', 20]
-        for layer in self.stem:
-            x = layer(x)  # [B, D', H', W', C]
-        return through_stages(x, self.stages)
+        return through_stages(self.stem(volume), self.stages)
 
 
 def through_stages(x: Tensor, stages: Iterable[Iterable[Callable[[Tensor], Tensor]]]) -> list[Tensor]:
@@ -69,14 +103,6 @@ def through_stages(x: Tensor, stages: Iterable[Iterable[Callable[[Tensor], Tenso
             x = block(x)  # [B, D', H', W', C]
         hidden_states.append(x)
     return [state.flatten(1, 3) for state in hidden_states]
-
-
-def folded_stem(layers: nn.Sequential, dtype: torch.dtype) -> list[AxisSum | NativeSum]:
-    """Three layers instead of four, the first over `stem.columns`."""
-    first = stem.first_layer(stem.tap_rows(layers[0]), stem.running_affine(layers[0]))
-    kernels, bias = stem.normalised(stem.second_layer(layers[1], first), stem.running_affine(layers[1]))
-    folded = [dense_sum(stem.constant_into_columns(kernels, bias), None, dtype)]
-    return folded + [dense_sum(*folded_branches(layer), dtype) for layer in layers[2:]]
 
 
 def folded_branches(layer: nn.Module) -> tuple[dict[str, Tensor], Tensor]:

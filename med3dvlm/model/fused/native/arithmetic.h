@@ -43,6 +43,12 @@ inline lanes load(const bfloat16* x) {
     return (lanes)(__builtin_convertvector(*(const shorts*)x, longs) << 16);
 }
 
+inline void store(lanes x, float* to) { *(lanes*)to = x; }
+inline void store(lanes x, bfloat16* to) {
+    #pragma omp simd
+    for (int c = 0; c < LANES; ++c) put(to[c], x[c]);
+}
+
 // to[n] = row, or += row
 template <class T>
 inline void put_row(const float* row, long n, T* to, bool add) {

@@ -22,7 +22,12 @@ SPREAD = torch.tensor(_TIMES_24, dtype=torch.float64) / 24
 def take(dtype: torch.dtype, kernel: Tensor, groups: int) -> bool:
     """Whether there are kernels for convolutions with weights [C', C / groups, k] in this dtype."""
     lengths = (3,) if groups == 1 else LENGTHS
-    return dtype in DTYPES and len(kernel) % 16 == 0 and kernel.shape[-1] in lengths and build.wanted()
+    return take_dtype(dtype) and len(kernel) % 16 == 0 and kernel.shape[-1] in lengths
+
+
+def take_dtype(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for results in this dtype."""
+    return dtype in DTYPES and build.wanted()
 
 
 def prepare(kernel: Tensor) -> Tensor:
@@ -58,6 +63,32 @@ def convolve(
     else:
         _call("winograd_convolve", x, x, *(combined or (None, None)), *rest, weights.shape[-1])
     return y
+
+
+def lanes() -> int:
+    """Channels in a register, by which `fourier` takes its weights apart."""
+    return build.library().fourier_lanes()
+
+
+def fourier(volume: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stem without the corrections of `fused.fourier.Face`: [B, 1, D, H, W] float32 -> [B, D', H', W', C]."""
+    sizes = (len(volume), *volume.shape[2:], weights.shape[0] * weights.shape[-1])
+    y = torch.empty(len(volume), *((n + 3) // 4 for n in volume.shape[2:]), sizes[-1], dtype=dtype)
+    _call("fourier_convolve", y, volume, weights, y, *sizes)
+    return y
+
+
+def add_sparse(source: Tensor, offsets: Tensor, weights: Tensor, y: Tensor) -> None:
+    """y += the numbers of `source` at distances `offsets` from each place, times weights.
+
+    Args:
+        source: [B, n_1 + margin, n_2 + margin, .], contiguous float32.
+        offsets: [R] int64, counted in numbers from the place of the same indices as that of y.
+        weights: [R, C] float32.
+        y: [B, n_1, n_2, C], channels contiguous.
+    """
+    sizes = (*weights.shape, *y.shape[:3], *source.stride()[:3], *y.stride()[:3])
+    _call("faces_add", y, source, offsets, weights, ctypes.c_void_p(y.data_ptr()), *sizes)
 
 
 def kernel_gradient(
@@ -184,4 +215,6 @@ def _converted(argument: Tensor | int | bool | None) -> ctypes.c_void_p | ctypes
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:
         return ctypes.c_void_p(None)
+    if isinstance(argument, ctypes.c_void_p):
+        return argument
     return ctypes.c_bool(argument) if isinstance(argument, bool) else ctypes.c_long(argument)

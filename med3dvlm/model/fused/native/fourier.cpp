@@ -1,0 +1,252 @@
+// The whole stem as one convolution by fast Fourier transforms, for inference.
+//
+// Its input are PHASES values at each place of the stem's grid: the voxels 4 g, 4 g + 1 .. 4 g + 3 along each axis, and 1
+// (`med3dvlm.model.fused.fourier`). The grid is cut into tiles of 16 x 16 x 16 places, of which each needs 24 x 24 x 24.
+// Two tiles are the real and the imaginary part of one transform: the kernels are real, so they do not mix.
+// Along an axis of 24 there are no twiddle factors: 3 and 8 have no common divisor (Good and Thomas).
+#include <memory>
+
+#include "arithmetic.h"
+
+namespace {
+
+constexpr int N = 24, OUT = 16, BEFORE = 4;      // places of a transform, of them kept, of them before those
+constexpr int PHASES = 11, SLOTS = 16;           // the latter with unused ones
+constexpr int HALF = N / 2 + 1;                  // planes of weights; the others are their mirror images
+constexpr int PLANE = N * N, STRIDE = PLANE + 1;  // one more, so that neighbours along D do not share cache lines
+constexpr int FIELD = OUT * OUT + 1;
+constexpr int TOGETHER = 4;                      // pairs of tiles that meet each weight in registers
+
+struct alignas(4 * LANES) Complex {
+    lanes re, im;
+};
+inline Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+inline Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+inline Complex operator*(float a, Complex b) { return {a * b.re, a * b.im}; }
+
+// x / i forwards, x * i backwards
+template <bool BACK>
+inline Complex quarter(Complex x) {
+    return BACK ? Complex{-x.im, x.re} : Complex{x.im, -x.re};
+}
+
+template <bool BACK>
+inline void transform4(Complex a, Complex b, Complex c, Complex d, Complex* to, int step) {
+    Complex even = a + c, odd = quarter<BACK>(b - d);
+    to[0] = even + (b + d);
+    to[2 * step] = even - (b + d);
+    to[step] = (a - c) + odd;
+    to[3 * step] = (a - c) - odd;
+}
+
+template <bool BACK>
+inline void transform8(const Complex* x, Complex* to) {
+    Complex a = x[1] - x[5], b = x[3] - x[7];
+    constexpr float ROOT = 0.70710678f;  // of 1/2
+    transform4<BACK>(x[0] + x[4], x[1] + x[5], x[2] + x[6], x[3] + x[7], to, 2);
+    transform4<BACK>(x[0] - x[4], ROOT * (a + quarter<BACK>(a)), quarter<BACK>(x[2] - x[6]),
+                     ROOT * (quarter<BACK>(b) - b), to + 1, 2);
+}
+
+// out(k, sum over n of in(n) exp(-+ 2 pi i n k / 24)) for the 24 k
+template <bool BACK, class In, class Out>
+inline void transform(In in, Out out) {
+    Complex few[8], many[N];
+    #pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+        #pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) few[j] = in((8 * i + 3 * j) % N);
+        transform8<BACK>(few, many + 8 * i);
+    }
+    #pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+        Complex sum = many[8 + j] + many[16 + j], rest = many[j] - 0.5f * sum;
+        Complex turned = 0.86602540f * quarter<BACK>(many[8 + j] - many[16 + j]);
+        out(9 * j % N, many[j] + sum);
+        out((16 + 9 * j) % N, rest + turned);
+        out((32 + 9 * j) % N, rest - turned);
+    }
+}
+
+struct Grid {
+    long batch, volume[3], size[3], tiles[3], channels;  // axes D, H, W
+
+    Grid(long batch, long depth, long height, long width, long channels)
+        : batch(batch), volume{depth, height, width}, channels(channels) {
+        for (int axis = 0; axis < 3; ++axis) {
+            size[axis] = (volume[axis] + 3) / 4;
+            tiles[axis] = (size[axis] + OUT - 1) / OUT;
+        }
+    }
+    long count() const { return batch * tiles[0] * tiles[1] * tiles[2]; }
+};
+
+// A tile's batch and its first place along each axis.
+struct Tile {
+    long batch, first[3];
+    Tile(const Grid& grid, long i) {
+        for (int axis = 2; axis >= 0; --axis) {
+            first[axis] = OUT * (i % grid.tiles[axis]);
+            i /= grid.tiles[axis];
+        }
+        batch = i;
+    }
+};
+
+// values[SLOTS] = the phases of place `g`
+void read_place(const Grid& grid, const float* volume, const long* g, float* values) {
+    std::fill_n(values, SLOTS, 0.f);
+    for (int axis = 0; axis < 3; ++axis)
+        if (g[axis] < 0 || g[axis] >= grid.size[axis]) return;
+    const long* size = grid.volume;
+    const float* here = volume + 4 * ((g[0] * size[1] + g[1]) * size[2] + g[2]);
+    values[0] = *here;
+    long step = 1;
+    for (int axis = 2; axis >= 0; step *= size[axis--])
+        for (long i = 1; i < 4; ++i)
+            if (4 * g[axis] + i < size[axis]) values[3 * (2 - axis) + i] = here[i * step];
+    values[PHASES - 1] = 1;
+}
+
+// A pair of tiles -> its spectra, [N * PLANE, pairs, 2, SLOTS] with those of other pairs; frequencies in order W, D, H.
+void forwards(const Grid& grid, const float* volume, long pair, Complex* buffer, float* spectra, long pairs) {
+    constexpr int VECTORS = SLOTS / LANES;
+    for (long d = 0; d < N; ++d) {
+        Complex* plane = buffer + d * STRIDE * VECTORS;
+        std::fill_n(plane, PLANE * VECTORS, Complex{});
+        for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
+            Tile tile(grid, pair + i);
+            const float* of_tile = volume + tile.batch * grid.volume[0] * grid.volume[1] * grid.volume[2];
+            for (long place = 0; place < PLANE; ++place) {
+                float values[SLOTS];
+                long g[] = {tile.first[0] + d - BEFORE, tile.first[1] + place / N - BEFORE,
+                            tile.first[2] + place % N - BEFORE};
+                read_place(grid, of_tile, g, values);
+                for (int v = 0; v < VECTORS; ++v) {
+                    Complex& to = plane[place * VECTORS + v];
+                    (i ? to.im : to.re) = load(values + v * LANES);
+                }
+            }
+        }
+        for (int v = 0; v < VECTORS; ++v) {
+            auto along = [&](Complex* line, long step) {
+                transform<false>([&](int n) { return line[n * step * VECTORS]; },
+                                 [&](int k, Complex x) { line[k * step * VECTORS] = x; });
+            };
+            for (long h = 0; h < N; ++h) along(plane + h * N * VECTORS + v, 1);
+            for (long w = 0; w < N; ++w) along(plane + w * VECTORS + v, N);
+        }
+    }
+    for (long i = 0; i < PLANE * VECTORS; ++i) {
+            long w = i / VECTORS / N, h = i / VECTORS % N, v = i % VECTORS;
+            float* to = spectra + ((w * PLANE + h) * pairs * 2) * SLOTS + v * LANES;
+            transform<false>([&](int n) { return buffer[(n * STRIDE + h * N + w) * VECTORS + v]; },
+                             [&](int k, Complex x) {
+                                 float* at = to + k * N * pairs * 2 * SLOTS;
+                                 *(lanes*)at = x.re;
+                                 *(lanes*)(at + SLOTS) = x.im;
+                             });
+        }
+}
+
+// The product of spectra with weights [PLANE, PHASES, 2, LANES] of one frequency along W and LANES channels, for
+// TOGETHER pairs: buffer[TOGETHER, PLANE]. `mirrored`: the frequency is the negative of that of the weights.
+void multiply(const float* spectra, long pairs, const float* weights, bool mirrored, Complex* buffer) {
+    float sign = mirrored ? -1 : 1;
+    for (long f = 0; f < PLANE; ++f) {
+        long from = mirrored ? (N - f / N) % N * N + (N - f % N) % N : f;
+        const float *weight = weights + from * PHASES * 2 * LANES, *x = spectra + f * pairs * 2 * SLOTS;
+        Complex sums[TOGETHER] = {};
+        for (long k = 0; k < PHASES; ++k, weight += 2 * LANES) {
+            lanes re = *(const lanes*)weight, im = sign * *(const lanes*)(weight + LANES);
+            #pragma GCC unroll 8
+            for (int i = 0; i < TOGETHER; ++i) {
+                float left = x[i * 2 * SLOTS + k], right = x[(i * 2 + 1) * SLOTS + k];
+                sums[i].re += left * re;
+                sums[i].im += left * im;
+                sums[i].re -= right * im;
+                sums[i].im += right * re;
+            }
+        }
+        #pragma GCC unroll 8
+        for (int i = 0; i < TOGETHER; ++i) buffer[i * PLANE + f] = sums[i];
+    }
+}
+
+inline bool kept(int k) { return BEFORE <= k && k < BEFORE + OUT; }
+
+// Back along D and H: one pair's plane [N, N] -> fields[OUT, OUT], those kept.
+void backwards(Complex* plane, Complex* fields) {
+    for (long h = 0; h < N; ++h)
+        transform<true>([&](int n) { return plane[n * N + h]; },
+                        [&](int k, Complex x) { if (kept(k)) plane[k * N + h] = x; });
+    for (long d = 0; d < OUT; ++d)
+        transform<true>([&](int n) { return plane[(d + BEFORE) * N + n]; },
+                        [&](int k, Complex x) { if (kept(k)) fields[d * OUT + k - BEFORE] = x; });
+}
+
+// Back along W: the lines of a pair at (d, h) in its tiles, fields[N], FIELD apart -> LANES channels of y.
+template <class T>
+void finish(const Grid& grid, const Complex* fields, long pair, long d, long h, T* y) {
+    Complex line[OUT];
+    transform<true>([&](int n) { return fields[n * FIELD]; },
+                    [&](int k, Complex x) { if (kept(k)) line[k - BEFORE] = x; });
+    for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
+        Tile tile(grid, pair + i);
+        long gd = tile.first[0] + d, gh = tile.first[1] + h, gw = tile.first[2];
+        if (gd >= grid.size[0] || gh >= grid.size[1]) continue;
+        long place = ((tile.batch * grid.size[0] + gd) * grid.size[1] + gh) * grid.size[2] + gw;
+        for (long w = 0; w < std::min<long>(OUT, grid.size[2] - gw); ++w)
+            store(i ? line[w].im : line[w].re, y + (place + w) * grid.channels);
+    }
+}
+
+template <class T>
+void convolve(const Grid& grid, const float* volume, const float* weights, T* y, int threads) {
+    long pairs = round_up(threads, TOGETHER);  // that are worked on while they lie in the third-level cache
+    std::unique_ptr<Complex[]> memory(new Complex[N * PLANE * pairs * SLOTS / LANES]);
+    std::unique_ptr<Complex[]> fields(new Complex[pairs * N * FIELD]);
+    float* spectra = (float*)memory.get();
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<Complex> buffer(N * STRIDE * SLOTS / LANES);
+        for (long start = 0; start < grid.count(); start += 2 * pairs) {
+            #pragma omp for schedule(dynamic)
+            for (long pair = 0; pair < pairs; ++pair)
+                forwards(grid, volume, start + 2 * pair, buffer.data(), &spectra[pair * 2 * SLOTS], pairs);
+            for (long c = 0; c < grid.channels; c += LANES) {
+                #pragma omp for schedule(dynamic)
+                for (long fw = 0; fw < HALF; ++fw)
+                    for (long pair = 0; pair < pairs; pair += TOGETHER)
+                        for (bool mirrored : {false, true}) {
+                            long at = mirrored ? N - fw : fw;
+                            if (mirrored && fw % (N / 2) == 0) continue;  // its own mirror image
+                            multiply(&spectra[(at * PLANE * pairs + pair) * 2 * SLOTS], pairs,
+                                     weights + (c * HALF + fw * LANES) * PLANE * PHASES * 2, mirrored, buffer.data());
+                            for (long j = 0; j < TOGETHER; ++j)
+                                backwards(&buffer[j * PLANE], &fields[((pair + j) * N + at) * FIELD]);
+                        }
+                #pragma omp for schedule(static)
+                for (long i = 0; i < pairs * OUT * OUT; ++i)
+                    finish(grid, &fields[i / (OUT * OUT) * N * FIELD + i % (OUT * OUT)], start + i / (OUT * OUT) * 2,
+                           i / OUT % OUT, i % OUT, y + c);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// volume [batch, depth, height, width] -> y [batch, (depth + 3) / 4, .., .., channels], without the corrections at the
+// grid's borders. weights [channels / LANES, HALF, N, N, PHASES, 2, LANES], frequencies in order W, D, H.
+void fourier_convolve(bool half, const float* volume, const float* weights, void* y, long batch, long depth,
+                      long height, long width, long channels, long threads) {
+    with_storage(half, [&](auto storage) {
+        convolve(Grid(batch, depth, height, width, channels), volume, weights, (decltype(storage)*)y, threads);
+    });
+}
+
+long fourier_lanes() { return LANES; }
+}
