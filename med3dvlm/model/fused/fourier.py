@@ -17,7 +17,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from med3dvlm.model.fused import stem
 from med3dvlm.model.fused.axes import AXES, kernels_of
@@ -92,23 +91,13 @@ class Face:
 
     def correct(self, y: Tensor, volume: Tensor) -> None:
         """Make y [B, D', H', W', C], the kernel's result for a volume, what the four layers give near this side."""
-        source = self.columns(volume)  # [B, n_1 + 4, n_2 + 4, 40]
+        source = native.outer_columns(volume, self.dim - 1, self.high)  # [B, n_1 + 4, n_2 + 4, 40]
         for plane, (places, weights) in enumerate(self.parts[: y.shape[self.dim]]):
             if len(places):
                 row, column, seen, channel = places.T
                 offsets = row * source.stride(1) + column * source.stride(2) + seen * (stem.VALID + 1) + channel
                 target = y.select(self.dim, -1 - plane if self.high else plane)  # [B, n_1, n_2, C]
                 native.add_sparse(source, offsets, weights, target)
-
-    def columns(self, volume: Tensor) -> Tensor:
-        """The `stem.columns` of the two outermost planes side by side, [B, n_1 + 4, n_2 + 4, 40], zeros around."""
-        size, dim = volume.shape[1 + self.dim], 1 + self.dim
-        start = 4 * max((size - 1) // 4 - 2, 0) if self.high else 0
-        few = volume.narrow(dim, start, size - start if self.high else min(size, 8))
-        planes = stem.columns(few, torch.float32).unbind(self.dim)
-        planes = planes[::-1][:2] if self.high else planes[:2]
-        planes = [*planes, torch.zeros_like(planes[0])][:2]
-        return F.pad(torch.cat(planes, dim=-1), (0, 0, 2, 2, 2, 2))
 
 
 def response(first: Tensor, layers: list[tuple[dict[str, Tensor], Tensor]], plane: int | None = None) -> Tensor:
@@ -181,4 +170,4 @@ def spectra(kernel: Tensor) -> Tensor:
     values = torch.fft.rfftn(circle, dim=(2, 3, 4), norm="forward").to(torch.complex64)  # [C, K, 24, 24, 13]
     lanes = native.lanes()
     values = torch.view_as_real(values).unflatten(0, (-1, lanes))  # [C / lanes, lanes, K, 24, 24, 13, 2]
-    return values.permute(0, 5, 3, 4, 2, 6, 1).contiguous()  # [C / lanes, 13, 24, 24, K, 2, lanes]
+    return values.permute(0, 5, 4, 3, 2, 6, 1).contiguous()  # [C / lanes, 13, 24, 24, K, 2, lanes]

@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int N = 24, OUT = 16, BEFORE = 4;      // places of a transform, of them kept, of them before those
-constexpr int PHASES = 11, SLOTS = 16;           // the latter with unused ones
+constexpr int PHASES = 11, SLOTS = 16, VECTORS = SLOTS / LANES;  // of them unused: five slots
 constexpr int HALF = N / 2 + 1;                  // planes of weights; the others are their mirror images
 constexpr int PLANE = N * N, STRIDE = PLANE + 1;  // one more, so that neighbours along D do not share cache lines
 constexpr int FIELD = OUT * OUT + 1;
@@ -93,60 +93,65 @@ struct Tile {
     }
 };
 
-// values[SLOTS] = the phases of place `g`
-void read_place(const Grid& grid, const float* volume, const long* g, float* values) {
-    std::fill_n(values, SLOTS, 0.f);
-    for (int axis = 0; axis < 3; ++axis)
-        if (g[axis] < 0 || g[axis] >= grid.size[axis]) return;
-    const long* size = grid.volume;
-    const float* here = volume + 4 * ((g[0] * size[1] + g[1]) * size[2] + g[2]);
-    values[0] = *here;
-    long step = 1;
-    for (int axis = 2; axis >= 0; step *= size[axis--])
-        for (long i = 1; i < 4; ++i)
-            if (4 * g[axis] + i < size[axis]) values[3 * (2 - axis) + i] = here[i * step];
-    values[PHASES - 1] = 1;
+// values[N, SLOTS] = the phases of the places from `g` on along W; whether any of them lies in the grid
+bool read_row(const Grid& grid, const float* volume, const long* g, float* values) {
+    const long *size = grid.volume, steps[] = {size[1] * size[2], size[2]};
+    if (g[0] < 0 || g[0] >= grid.size[0] || g[1] < 0 || g[1] >= grid.size[1]) return false;
+    const float* row = volume + 4 * (g[0] * steps[0] + g[1] * steps[1]);
+    for (long w = std::max(0L, -g[2]); w < std::min<long>(N, grid.size[2] - g[2]); ++w) {
+        const float* here = row + 4 * (g[2] + w);
+        float* to = values + w * SLOTS;
+        to[0] = *here;
+        for (long i = 1; i < 4; ++i) {
+            if (4 * (g[2] + w) + i < size[2]) to[i] = here[i];
+            if (4 * g[1] + i < size[1]) to[3 + i] = here[i * steps[1]];
+            if (4 * g[0] + i < size[0]) to[6 + i] = here[i * steps[0]];
+        }
+        to[PHASES - 1] = 1;
+    }
+    return true;
 }
 
-// A pair of tiles -> its spectra, [N * PLANE, pairs, 2, SLOTS] with those of other pairs; frequencies in order W, D, H.
+// The spectra along W of row (d, h) of a pair of tiles: line[N, VECTORS]; false if they are 0.
+bool forwards_row(const Grid& grid, const float* volume, long pair, long d, long h, Complex* line) {
+    float values[2][N * SLOTS] = {};
+    bool seen = false;
+    for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
+        Tile tile(grid, pair + i);
+        long g[] = {tile.first[0] + d - BEFORE, tile.first[1] + h - BEFORE, tile.first[2] - BEFORE};
+        seen |= read_row(grid, volume + tile.batch * grid.volume[0] * grid.volume[1] * grid.volume[2], g, values[i]);
+    }
+    if (!seen) return false;
+    for (int v = 0; v < VECTORS; ++v)
+        transform<false>([&](int n) { return Complex{load(&values[0][n * SLOTS + v * LANES]),
+                                                     load(&values[1][n * SLOTS + v * LANES])}; },
+                         [&](int k, Complex x) { line[k * VECTORS + v] = x; });
+    return true;
+}
+
+// A pair of tiles -> its spectra, [N * PLANE, pairs, 2, SLOTS] with those of other pairs; frequencies in order W, H, D.
 void forwards(const Grid& grid, const float* volume, long pair, Complex* buffer, float* spectra, long pairs) {
-    constexpr int VECTORS = SLOTS / LANES;
     for (long d = 0; d < N; ++d) {
         Complex* plane = buffer + d * STRIDE * VECTORS;
-        std::fill_n(plane, PLANE * VECTORS, Complex{});
-        for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
-            Tile tile(grid, pair + i);
-            const float* of_tile = volume + tile.batch * grid.volume[0] * grid.volume[1] * grid.volume[2];
-            for (long place = 0; place < PLANE; ++place) {
-                float values[SLOTS];
-                long g[] = {tile.first[0] + d - BEFORE, tile.first[1] + place / N - BEFORE,
-                            tile.first[2] + place % N - BEFORE};
-                read_place(grid, of_tile, g, values);
-                for (int v = 0; v < VECTORS; ++v) {
-                    Complex& to = plane[place * VECTORS + v];
-                    (i ? to.im : to.re) = load(values + v * LANES);
-                }
-            }
+        bool seen = false;
+        for (long h = 0; h < N; ++h) {
+            Complex* line = plane + h * N * VECTORS;
+            if (forwards_row(grid, volume, pair, d, h, line)) seen = true;
+            else std::fill_n(line, N * VECTORS, Complex{});
         }
-        for (int v = 0; v < VECTORS; ++v) {
-            auto along = [&](Complex* line, long step) {
-                transform<false>([&](int n) { return line[n * step * VECTORS]; },
-                                 [&](int k, Complex x) { line[k * step * VECTORS] = x; });
-            };
-            for (long h = 0; h < N; ++h) along(plane + h * N * VECTORS + v, 1);
-            for (long w = 0; w < N; ++w) along(plane + w * VECTORS + v, N);
-        }
+        for (long i = 0; i < N * VECTORS && seen; ++i)
+            transform<false>([&](int n) { return plane[n * N * VECTORS + i]; },
+                             [&](int k, Complex x) { plane[k * N * VECTORS + i] = x; });
     }
     for (long i = 0; i < PLANE * VECTORS; ++i) {
-            long w = i / VECTORS / N, h = i / VECTORS % N, v = i % VECTORS;
-            float* to = spectra + ((w * PLANE + h) * pairs * 2) * SLOTS + v * LANES;
-            transform<false>([&](int n) { return buffer[(n * STRIDE + h * N + w) * VECTORS + v]; },
-                             [&](int k, Complex x) {
-                                 float* at = to + k * N * pairs * 2 * SLOTS;
-                                 *(lanes*)at = x.re;
-                                 *(lanes*)(at + SLOTS) = x.im;
-                             });
-        }
+        long w = i / VECTORS / N, h = i / VECTORS % N, v = i % VECTORS;
+        float* to = spectra + (w * PLANE + h * N) * pairs * 2 * SLOTS + v * LANES;
+        transform<false>([&](int n) { return buffer[(n * STRIDE + h * N + w) * VECTORS + v]; },
+                         [&](int k, Complex x) {
+                             *(lanes*)(to + k * pairs * 2 * SLOTS) = x.re;
+                             *(lanes*)(to + k * pairs * 2 * SLOTS + SLOTS) = x.im;
+                         });
+    }
 }
 
 // The product of spectra with weights [PLANE, PHASES, 2, LANES] of one frequency along W and LANES channels, for
@@ -175,13 +180,12 @@ void multiply(const float* spectra, long pairs, const float* weights, bool mirro
 
 inline bool kept(int k) { return BEFORE <= k && k < BEFORE + OUT; }
 
-// Back along D and H: one pair's plane [N, N] -> fields[OUT, OUT], those kept.
+// Back along D and H: one pair's plane [N, N] of frequencies (H, D) -> fields[OUT, OUT] of places (D, H), those kept.
 void backwards(Complex* plane, Complex* fields) {
-    for (long h = 0; h < N; ++h)
-        transform<true>([&](int n) { return plane[n * N + h]; },
-                        [&](int k, Complex x) { if (kept(k)) plane[k * N + h] = x; });
+    for (Complex* line = plane; line < plane + PLANE; line += N)
+        transform<true>([&](int n) { return line[n]; }, [&](int k, Complex x) { if (kept(k)) line[k] = x; });
     for (long d = 0; d < OUT; ++d)
-        transform<true>([&](int n) { return plane[(d + BEFORE) * N + n]; },
+        transform<true>([&](int n) { return plane[n * N + d + BEFORE]; },
                         [&](int k, Complex x) { if (kept(k)) fields[d * OUT + k - BEFORE] = x; });
 }
 
@@ -240,7 +244,7 @@ void convolve(const Grid& grid, const float* volume, const float* weights, T* y,
 extern "C" {
 
 // volume [batch, depth, height, width] -> y [batch, (depth + 3) / 4, .., .., channels], without the corrections at the
-// grid's borders. weights [channels / LANES, HALF, N, N, PHASES, 2, LANES], frequencies in order W, D, H.
+// grid's borders. weights [channels / LANES, HALF, N, N, PHASES, 2, LANES], frequencies in order W, H, D.
 void fourier_convolve(bool half, const float* volume, const float* weights, void* y, long batch, long depth,
                       long height, long width, long channels, long threads) {
     with_storage(half, [&](auto storage) {

@@ -78,6 +78,22 @@ def fourier(volume: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
+def outer_columns(volume: Tensor, axis: int, high: bool) -> Tensor:
+    """`stem.columns` of the two planes of places next to a side, the outermost first, zeros around them.
+
+    Args:
+        volume: [B, 1, D, H, W] float32.
+        axis: to which the side is perpendicular, 0 to 2 for D, H and W.
+        high: whether it is the side of the last place.
+    Returns:
+        [B, n_1 + 4, n_2 + 4, 40], n the numbers of places along the other axes.
+    """
+    sides = [(n + 3) // 4 + 4 for i, n in enumerate(volume.shape[2:]) if i != axis]
+    found = volume.new_empty(len(volume), *sides, 40)
+    _call("faces_columns", found, volume, found, len(volume), *volume.shape[2:], axis, high)
+    return found
+
+
 def add_sparse(source: Tensor, offsets: Tensor, weights: Tensor, y: Tensor) -> None:
     """y += the numbers of `source` at distances `offsets` from each place, times weights.
 
