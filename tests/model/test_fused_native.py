@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from med3dvlm.model.dcformer import DCFormer
 from med3dvlm.model.fused import branches
-from med3dvlm.model.fused.axes import as_2d, images
+from med3dvlm.model.fused.axes import AXES, as_2d, images
 from med3dvlm.model.fused.native import build, kernels
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
 
@@ -64,6 +64,31 @@ def test_a_convolution_and_its_gradient(dtype, sizes, shape, axis):
     dy = torch.randn(y.shape).to(dtype)
     (gradient,) = torch.autograd.grad(y, kernel, dy.double())
     assert near(kernels.kernel_gradient(x, dy, kernel.detach(), axis), gradient)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 70, 2)])
+@pytest.mark.parametrize("length", kernels.LENGTHS)
+@pytest.mark.parametrize("channels", [16, 48])
+def test_the_sum_of_three_depthwise_convolutions(dtype, channels, length, shape):
+    x, bias = torch.randn(*shape, channels).to(dtype), torch.randn(channels)
+    three = {axis: torch.randn(channels, 1, length) for axis in AXES}
+    found = kernels.depthwise_sum(x, torch.stack([kernels.prepare(kernel) for kernel in three.values()]), bias)
+    reference = bias + sum(expected(x, kernel, axis) for axis, kernel in three.items())
+    assert near(found, reference, dtype)
+    if dtype == torch.bfloat16:  # rounded once: as the reference, but for near ties
+        assert (found != reference.to(dtype)).float().mean() <= 0.01
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 6, 8)])
+def test_max_pooling(dtype, shape):
+    x = torch.randn(*shape, 48).to(dtype)
+    x[:, -1, 0] = -torch.inf
+    x.view(-1)[::1003], x.view(-1)[7::2001] = torch.nan, -torch.nan
+    reference = F.max_pool3d(x.movedim(-1, 1), 3, stride=2, padding=1).movedim(1, -1)
+    assert kernels.take_pool(dtype, 48) and not kernels.take_pool(dtype, 40)
+    torch.testing.assert_close(kernels.max_pool(x), reference, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_kernels

@@ -15,25 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.model.fused import feed_forward, fourier, stem
-from med3dvlm.model.fused.axes import AxisSum, dense_sum, kernels_of
+from med3dvlm.model.fused.axes import AXES, AxisSum, dense_sum, kernels_of
+from med3dvlm.model.fused.native import kernels as native
 
 
 class FoldedBlock:
     """x + contract(gelu(expand(decomposed_convolution(x)))), the layer scale folded into `contract`."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
-        kernels, bias = folded_branches(block.dwconv)
-        self.pool = block.pool
+        self.pool = pooling(block, dtype)
         self.proj = None if block.proj is None else feed_forward.pointwise(block.proj.weight.flatten(1), None, dtype)
-        self.dwconv = AxisSum(kernels, bias, dtype, groups=len(block.scale))
+        self.dwconv = depthwise(*folded_branches(block.dwconv), dtype)
         self.feed_forward = feed_forward.folded(block, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, D, H, W, C] -> [B, D', H', W', C'], a new tensor."""
-        if self.proj is None:
-            x = x.clone()
-        else:
-            x = self.pool(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # [B, D', H', W', C]
+        """[B, D, H, W, C] -> [B, D', H', W', C'], a new tensor in a stage's first block and x itself in the others."""
+        if self.proj is not None:
+            x = self.pool(x)  # [B, D', H', W', C]
             x = self.proj(x.flatten(1, 2)).unflatten(1, x.shape[1:3])  # [B, D', H', W', C']
         self.feed_forward.add_to(x, self.dwconv(x))
         return x
@@ -74,6 +72,23 @@ class LayeredStem:
         for layer in self.layers:
             x = layer(x)  # [B, D', H', W', C]
         return x
+
+
+def pooling(block: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What a stage's first block does to [B, D, H, W, C] before its projection."""
+    if isinstance(block.pool, nn.Identity):
+        return block.pool
+    if native.take_pool(dtype, block.proj.in_channels):
+        return native.max_pool
+    return lambda x: block.pool(x.movedim(-1, 1)).movedim(1, -1).contiguous()
+
+
+def depthwise(kernels: dict[str, Tensor], bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The sum of three depth-wise convolutions with kernels [C, 1, k] per axis: [B, D, H, W, C] -> like it."""
+    if native.take(dtype, kernels["w"], groups=len(bias)):
+        taps = torch.stack([native.prepare(kernels[axis]) for axis in AXES])  # [3, k, C]
+        return functools.partial(native.depthwise_sum, taps=taps, bias=bias.float())
+    return AxisSum(kernels, bias, dtype, groups=len(bias))
 
 
 class FoldedEncoder:

@@ -45,8 +45,10 @@ inline lanes load(const bfloat16* x) {
 
 inline void store(lanes x, float* to) { *(lanes*)to = x; }
 inline void store(lanes x, bfloat16* to) {
-    #pragma omp simd
-    for (int c = 0; c < LANES; ++c) put(to[c], x[c]);
+    typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+    typedef uint32_t longs __attribute__((vector_size(4 * LANES)));
+    longs bits = (longs)x;
+    *(shorts*)to = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, shorts);
 }
 
 // to[n] = row, or += row

@@ -107,6 +107,19 @@ def add_sparse(source: Tensor, offsets: Tensor, weights: Tensor, y: Tensor) -> N
     _call("faces_add", y, source, offsets, weights, ctypes.c_void_p(y.data_ptr()), *sizes)
 
 
+def depthwise_sum(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """A sum of depth-wise convolutions along all three axes: [B, D, H, W, C] -> like it, rounded once.
+
+    Args:
+        x: the volume.
+        taps: [3, k, C], float32: `prepare` of the kernels along h, w and d.
+        bias: [C], float32.
+    """
+    y = torch.empty_like(x)
+    _call("depthwise_sum", x, x, taps, bias, y, *x.shape, taps.shape[1])
+    return y
+
+
 def kernel_gradient(
     x: Tensor, dy: Tensor, kernel: Tensor, axis: str, combined: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
@@ -145,6 +158,19 @@ def combine(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
 def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
     """Whether there are kernels for a feed-forward part of these widths in this dtype."""
     return dtype == torch.float32 and channels % 16 == 0 and wide % 16 == 0 and build.wanted()
+
+
+def take_pool(dtype: torch.dtype, channels: int) -> bool:
+    """Whether `max_pool` takes this dtype and width."""
+    return dtype in DTYPES and channels % 16 == 0 and build.wanted()
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Max pooling over 3x3x3 places, stride 2, padding 1: [B, D, H, W, C] -> [B, D', H', W', C], halves rounded up."""
+    batch, *sizes, channels = x.shape
+    y = x.new_empty(batch, *((size + 1) // 2 for size in sizes), channels)
+    _call("max_pool", x, x, y, *x.shape)
+    return y
 
 
 def take_places(x: Tensor) -> bool:
