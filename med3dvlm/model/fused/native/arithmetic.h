@@ -5,10 +5,14 @@
 #pragma once
 
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -26,6 +30,9 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 struct bfloat16 {
     uint16_t bits;
 };
+struct __attribute__((may_alias)) pair {  // two bfloat16 that lie side by side, the first in the lower half
+    uint32_t bits;
+};
 
 inline float get(float x) { return x; }
 inline float get(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
@@ -35,12 +42,19 @@ inline void put(bfloat16& to, float x) {  // to the nearest, ties to even
     to.bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// LANES channels in a register, from any address.
+// LANES channels in a register, from and to any address.
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint32_t longs __attribute__((vector_size(4 * LANES)));
 inline lanes load(const float* x) { return *(const lanes*)x; }
-inline lanes load(const bfloat16* x) {
-    typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
-    typedef uint32_t longs __attribute__((vector_size(4 * LANES)));
-    return (lanes)(__builtin_convertvector(*(const shorts*)x, longs) << 16);
+inline lanes load(const bfloat16* x) { return (lanes)(__builtin_convertvector(*(const shorts*)x, longs) << 16); }
+inline void store(float* to, lanes x) { *(lanes*)to = x; }
+inline void store(bfloat16* to, lanes x) {
+#ifdef __AVX512BF16__
+    *(shorts*)to = (shorts)_mm512_cvtneps_pbh((__m512)x);
+#else
+    longs bits = (longs)x;
+    *(shorts*)to = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, shorts);
+#endif
 }
 
 inline void store(lanes x, float* to) { *(lanes*)to = x; }
@@ -72,13 +86,25 @@ void with_storage(bool half, F f) {
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-// c[6, WIDTH * LANES] (+)= a[6, k] b[k, WIDTH * LANES], the sums in registers.
-template <int WIDTH>
-inline void tile(const float* a, long a_row, long a_step, const float* b, long b_row, float* c, long c_row, long k,
-                 bool add) {
-    lanes sums[TALL][WIDTH];
+// sum + left * right in each lane; of pairs, both products are added.
+inline lanes multiply_add(lanes sum, float left, lanes right) { return sum + left * right; }
+inline lanes multiply_add(lanes sum, pair left, lanes right) {
+#ifdef __AVX512BF16__
+    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(left.bits), (__m512bh)right);
+#else
+    lanes first = (lanes)((longs)right << 16), second = (lanes)((longs)right & 0xffff0000);
+    return sum + __builtin_bit_cast(float, left.bits << 16) * first +
+           __builtin_bit_cast(float, left.bits & 0xffff0000) * second;
+#endif
+}
+
+// c[HEIGHT, WIDTH * LANES] (+)= a[HEIGHT, k] b[k, WIDTH * LANES], the sums in registers.
+template <int HEIGHT, int WIDTH, class T>
+__attribute__((noinline)) void tile(const T* a, long a_row, long a_step, const T* b, long b_row, float* c, long c_row,
+                                    long k, bool add) {
+    lanes sums[HEIGHT][WIDTH];
     #pragma GCC unroll 6
-    for (int i = 0; i < TALL; ++i)
+    for (int i = 0; i < HEIGHT; ++i)
         #pragma GCC unroll 4
         for (int j = 0; j < WIDTH; ++j) sums[i][j] = add ? ((const lanes*)(c + i * c_row))[j] : lanes{};
     for (long t = 0; t < k; ++t) {
@@ -86,32 +112,39 @@ inline void tile(const float* a, long a_row, long a_step, const float* b, long b
         #pragma GCC unroll 4
         for (int j = 0; j < WIDTH; ++j) right[j] = ((const lanes*)(b + t * b_row))[j];
         #pragma GCC unroll 6
-        for (int i = 0; i < TALL; ++i) {
-            float left = a[i * a_row + t * a_step];
+        for (int i = 0; i < HEIGHT; ++i) {
+            T left = a[i * a_row + t * a_step];
             #pragma GCC unroll 4
-            for (int j = 0; j < WIDTH; ++j) sums[i][j] += left * right[j];
+            for (int j = 0; j < WIDTH; ++j) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
         }
     }
     #pragma GCC unroll 6
-    for (int i = 0; i < TALL; ++i)
+    for (int i = 0; i < HEIGHT; ++i)
         #pragma GCC unroll 4
         for (int j = 0; j < WIDTH; ++j) ((lanes*)(c + i * c_row))[j] = sums[i][j];
 }
 
-// c[m, n] (+)= a[m, k] b[k, n]; m is a multiple of TALL, n of 16. a[i, t] lies at a[i * a_row + t * a_step].
-inline void product(const float* a, long a_row, long a_step, const float* b, long b_row, float* c, long c_row, long m,
-                    long n, long k, bool add) {
+// Calls f with min(n, LAST) >= 1 as a constant.
+template <int LAST, class F>
+inline void with_constant(long n, F f) {
+    if constexpr (LAST > 1)
+        if (n < LAST) return with_constant<LAST - 1>(n, f);
+    f(std::integral_constant<int, LAST>{});
+}
+
+// c[m, n] (+)= a[m, k] b[k, n]; n is a multiple of 16. a[i, t] lies at a[i * a_row + t * a_step]. The factors are floats
+// or, two steps of k at a time, pairs of bfloat16; k, rows and steps count what T holds.
+template <class T>
+inline void product(const T* a, long a_row, long a_step, const T* b, long b_row, float* c, long c_row, long m, long n,
+                    long k, bool add) {
     for (long j = 0; j < n; j += WIDE * LANES)
-        for (long i = 0; i < m; i += TALL) {
-            const float *rows = a + i * a_row, *columns = b + j;
-            float* to = c + i * c_row + j;
-            switch (std::min<long>(WIDE, (n - j) / LANES)) {
-                case 1: tile<1>(rows, a_row, a_step, columns, b_row, to, c_row, k, add); break;
-                case 2: tile<2>(rows, a_row, a_step, columns, b_row, to, c_row, k, add); break;
-                case 3: tile<3>(rows, a_row, a_step, columns, b_row, to, c_row, k, add); break;
-                default: tile<WIDE>(rows, a_row, a_step, columns, b_row, to, c_row, k, add);
-            }
-        }
+        with_constant<WIDE>((n - j) / LANES, [&](auto width) {
+            for (long i = 0; i < m; i += TALL)
+                with_constant<TALL>(m - i, [&](auto height) {
+                    tile<height(), width()>(a + i * a_row, a_row, a_step, b + j, b_row, c + i * c_row + j, c_row, k,
+                                            add);
+                });
+        });
 }
 
 // The lines of a volume along one axis: `outer` places before it, `size` along it, `inner` behind it.

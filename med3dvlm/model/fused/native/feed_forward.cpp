@@ -1,10 +1,14 @@
-// The feed-forward part of a block, float32: expansion, GELU, contraction, and their gradients. Inner values exist in
-// the cache only, but for those that the backward pass needs.
+// The feed-forward part of a block: expansion, GELU, contraction, and their gradients. Inner values exist in the cache
+// only, but for those that the backward pass needs.
+#include <type_traits>
+
 #include "arithmetic.h"
 
 namespace {
 
-constexpr long PANEL = 64, CHUNK = 2 * PANEL;  // inner channels that are worked on together
+constexpr long PANEL = 64;          // columns of a panel of weights
+constexpr long CHUNK = 4 * PANEL;   // inner channels that are worked on together
+constexpr long ROWS = 16 * TALL;    // places that are worked on together
 
 // Distribution and density of the standard normal distribution at x, of which GELU consists. exp(-x^2 / 2) is a power
 // of 2; what lies beyond |x| is after Abramowitz and Stegun, 7.1.26, to 1e-7.
@@ -21,50 +25,77 @@ inline void normal(float x, float& distribution, float& density) {
     density = 0.39894228f * bell;
 }
 
-// A matrix [k, n] in panels of 64 columns, each [k, 64].
+// GELU(x) = max(x, 0) - |x| (1 - distribution(|x|)). What is in brackets is the 8th power of a polynomial, to 7e-7.
+inline lanes gelu(lanes x) {
+    lanes size = x < 0 ? -x : x;
+    size = size < 5.5f ? size : 5.5f;
+    lanes root = 0.917004168f + size * (-0.0914622992f + size * (-0.0318981446f + size * (-0.000745595957f + size * (
+        0.00159440457f + size * (-2.52459376e-05f + size * (-3.87045948e-05f + size * 3.48140361e-06f))))));
+    lanes square = root * root, fourth = square * square;
+    return (x < 0 ? 0.f : x) - size * (fourth * fourth);
+}
+
+// What `product` takes of a row of T.
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, bfloat16>, pair, float>;
+template <class T>
+constexpr long PER_FACTOR = sizeof(Factor<T>) / sizeof(T);
+
+template <class T>
+const Factor<T>* factors(const T* row) { return (const Factor<T>*)row; }
+
+// A matrix [k, n] of factors in panels of 64 columns, each [k, 64].
+template <class T>
 struct Panels {
-    const float* at;
+    const Factor<T>* at;
     long k;
-    const float* from(long row, long column) const { return at + (column / PANEL * k + row) * PANEL; }
+    const Factor<T>* from(long row, long column) const { return at + (column / PANEL * k + row) * PANEL; }
 };
 
-void forward(const float* x, const float* y, const Panels& expand, const float* bias, const Panels& contract,
-             const float* out_bias, const float* scale, float* inner, float* out, long places, long n, long wide,
+// active[rows, CHUNK] = GELU(hidden[rows, PANEL] + bias) in n columns; what GELU takes is kept [rows, wide] unless null.
+template <class T>
+void activate(const float* hidden, const float* bias, long rows, long n, T* active, T* kept, long wide) {
+    for (long m = 0; m < rows; ++m)
+        for (long c = 0; c < n; c += LANES) {
+            lanes value = load(hidden + m * PANEL + c) + load(bias + c);
+            if (kept) store(kept + m * wide + c, value);
+            store(active + m * CHUNK + c, gelu(value));
+        }
+}
+
+// Arithmetic is on T, the residual connection of type R. A thread takes places that follow each other.
+template <class T, class R>
+void forward(const R* x, const T* y, const Panels<T>& expand, const float* bias, const Panels<T>& contract,
+             const float* out_bias, const float* scale, T* inner, R* out, long places, long n, long wide,
              int threads) {
-    long rows = std::min<long>(2 * BLOCK, round_up((places + threads - 1) / threads, TALL));
+    constexpr long PER = PER_FACTOR<T>;
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> left(rows * n), hidden(rows * CHUNK), sums(rows * n);
-        #pragma omp for schedule(static)
-        for (long start = 0; start < places; start += rows) {
-            long count = std::min(rows, places - start), tall = round_up(count, TALL);
-            std::copy_n(y + start * n, count * n, left.data());
+        long first = places * omp_get_thread_num() / omp_get_num_threads();
+        long last = places * (omp_get_thread_num() + 1) / omp_get_num_threads();
+        std::vector<T> active(ROWS * CHUNK);
+        std::vector<float> hidden(ROWS * PANEL), sums(ROWS * n);
+        for (long start = first; start < last; start += ROWS) {
+            long count = std::min(ROWS, last - start);
             for (long j = 0; j < wide; j += CHUNK) {
                 long chunk = std::min(CHUNK, wide - j);
-                for (long p = 0; p < chunk; p += PANEL)
-                    product(left.data(), n, 1, expand.from(0, j + p), PANEL, &hidden[p], CHUNK, tall,
-                            std::min(PANEL, chunk - p), n, false);
-                for (long m = 0; m < count; ++m) {
-                    float* row = &hidden[m * CHUNK];
-                    #pragma omp simd
-                    for (long c = 0; c < chunk; ++c) row[c] += bias[j + c];
-                    if (inner) std::copy_n(row, chunk, inner + (start + m) * wide + j);
-                    #pragma omp simd
-                    for (long c = 0; c < chunk; ++c) {
-                        float distribution, density;
-                        normal(row[c], distribution, density);
-                        row[c] *= distribution;
-                    }
+                for (long p = 0; p < chunk; p += PANEL) {
+                    long panel = std::min(PANEL, chunk - p);
+                    product(factors(y + start * n), n / PER, 1, expand.from(0, j + p), PANEL, hidden.data(), PANEL,
+                            count, panel, n / PER, false);
+                    activate(hidden.data(), bias + j + p, count, panel, &active[p],
+                             inner ? inner + start * wide + j + p : nullptr, wide);
                 }
                 for (long p = 0; p < n; p += PANEL)
-                    product(hidden.data(), CHUNK, 1, contract.from(j, p), PANEL, &sums[p], n, tall,
-                            std::min(PANEL, n - p), chunk, j > 0);
+                    product(factors(active.data()), CHUNK / PER, 1, contract.from(j / PER, p), PANEL, &sums[p], n,
+                            count, std::min(PANEL, n - p), chunk / PER, j > 0);
             }
             for (long m = 0; m < count; ++m) {
-                const float *from = x + (start + m) * n, *sum = &sums[m * n];
-                float* to = out + (start + m) * n;
+                const R* from = x + (start + m) * n;
+                const float* sum = &sums[m * n];
+                R* to = out + (start + m) * n;
                 #pragma omp simd
-                for (long c = 0; c < n; ++c) to[c] = from[c] + scale[c] * (sum[c] + out_bias[c]);
+                for (long c = 0; c < n; ++c) put(to[c], get(from[c]) + scale[c] * (sum[c] + out_bias[c]));
             }
         }
     }
@@ -127,11 +158,21 @@ void backward(const float* dy, const float* y, const float* inner, const float* 
 extern "C" {
 
 // out = x + scale * (contract(GELU(inner)) + out_bias), inner = expand(y) + bias, which is kept unless null.
-// x, y, out [places, n], inner [places, wide], expand [n, wide] and contract [wide, n] in panels.
-void feed_forward(bool, const float* x, const float* y, const float* expand, const float* bias, const float* contract,
-                  const float* out_bias, const float* scale, float* inner, float* out, long places, long n, long wide,
-                  long threads) {
-    forward(x, y, {expand, n}, bias, {contract, wide}, out_bias, scale, inner, out, places, n, wide, threads);
+// x and out [places, n], of bfloat16 if half_residual; y [places, n] and inner [places, wide], of bfloat16 if half, as
+// are the weights: expand [n, wide] and contract [wide, n] in panels, rows of bfloat16 in pairs.
+void feed_forward(bool half, bool half_residual, const void* x, const void* y, const void* expand, const float* bias,
+                  const void* contract, const float* out_bias, const float* scale, void* inner, void* out, long places,
+                  long n, long wide, long threads) {
+    with_storage(half, [&](auto storage) {
+        with_storage(half_residual, [&](auto residual) {
+            using T = decltype(storage);
+            using R = decltype(residual);
+            Panels<T> first{factors((const T*)expand), n / PER_FACTOR<T>};
+            Panels<T> second{factors((const T*)contract), wide / PER_FACTOR<T>};
+            forward((const R*)x, (const T*)y, first, bias, second, out_bias, scale, (T*)inner, (R*)out, places, n,
+                    wide, threads);
+        });
+    });
 }
 
 // From dy [places, n], the gradient of `out`: those of inner [places, wide], of contract [n, wide], of scale (a row [n]

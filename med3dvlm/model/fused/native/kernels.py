@@ -14,6 +14,7 @@ from med3dvlm.model.fused.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
+_AVX2, _AMX = torch.cpu._is_avx2_supported(), torch.cpu._is_amx_tile_supported()
 # G of Winograd's F(4, 3): the six weights that stand for three taps.
 _TIMES_24 = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
 SPREAD = torch.tensor(_TIMES_24, dtype=torch.float64) / 24
@@ -156,8 +157,12 @@ def combine(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
 
 
 def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
-    """Whether there are kernels for a feed-forward part of these widths in this dtype."""
-    return dtype == torch.float32 and channels % 16 == 0 and wide % 16 == 0 and build.wanted()
+    """Whether there are kernels for a feed-forward part of these widths in this dtype, and none faster in oneDNN.
+
+    oneDNN's are faster in bfloat16 where the processor multiplies matrices of it (AMX, and on ARM).
+    """
+    fastest = dtype == torch.float32 or dtype == torch.bfloat16 and _AVX2 and not _AMX
+    return fastest and channels % 16 == 0 and wide % 16 == 0 and build.wanted()
 
 
 def take_pool(dtype: torch.dtype, channels: int) -> bool:
@@ -179,8 +184,14 @@ def take_places(x: Tensor) -> bool:
 
 
 def panels(matrix: Tensor) -> Tensor:
-    """[K, N] -> [N / 64, K, 64], the last columns filled up with zeros: the form in which weights are read fastest."""
-    return F.pad(matrix, (0, -matrix.shape[1] % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
+    """[K, N] -> [N / 64, K, 64], the last columns filled up with zeros: the form in which weights are read fastest.
+
+    In bfloat16 two rows are interleaved: [N / 64, K / 2, 64, 2].
+    """
+    packed = F.pad(matrix, (0, -matrix.shape[1] % 64)).unflatten(1, (-1, 64)).transpose(0, 1)
+    if matrix.dtype == torch.bfloat16:
+        packed = packed.unflatten(1, (-1, 2)).transpose(2, 3)
+    return packed.contiguous()
 
 
 def feed_forward(
@@ -192,16 +203,17 @@ def feed_forward(
     out: Tensor,
     inner: Tensor | None = None,
 ) -> None:
-    """out = x + scale * contract(gelu(expand(y))), float32.
+    """out = x + scale * contract(gelu(expand(y))), in y's dtype with float32 sums.
 
     Args:
-        x, y, out: [.., C]; `out` may be x.
-        expand: `panels` [C, wide] and bias [wide].
-        contract: `panels` [wide, C] and bias [C].
-        scale: [C].
-        inner: [.., wide], where expand(y) is kept if wanted.
+        x, out: [.., C], float32 or bfloat16; `out` may be x.
+        y: [.., C].
+        expand: `panels` [C, wide] in y's dtype and bias [wide], float32.
+        contract: `panels` [wide, C] in y's dtype and bias [C], float32.
+        scale: [C], float32.
+        inner: [.., wide] in y's dtype, where expand(y) is kept if wanted.
     """
-    _call("feed_forward", x, x, y, *expand, *contract, scale, inner, out, *_places(x), len(expand[1]))
+    _call("feed_forward", y, x.dtype == torch.bfloat16, x, y, *expand, *contract, scale, inner, out, *_places(x), len(expand[1]))
 
 
 def feed_forward_gradients(
