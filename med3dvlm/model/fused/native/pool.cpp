@@ -14,8 +14,8 @@ struct Order {
     static constexpr Bits MAX = std::numeric_limits<Bits>::max();
     static constexpr Bits NANS = sizeof(Bits) == 4 ? 0x7fffff : 0x7f;  // of one sign
 
-    static Bits flipped(Bits x) { return x ^ (x >> (8 * sizeof(Bits) - 1) & MAX); }  // the lower, the more negative
-    static Bits of(Bits x) { return Unsigned(flipped(x)) - NANS; }                   // the lowest, NaNs, become the highest
+    static Bits flipped(Bits x) { return x ^ (x >> (8 * sizeof(Bits) - 1) & MAX); }
+    static Bits of(Bits x) { return Unsigned(flipped(x)) - NANS; }  // the lowest, negative NaNs, become the highest
     static Bits back(Bits x) { return flipped(Unsigned(x) + NANS); }
 };
 
