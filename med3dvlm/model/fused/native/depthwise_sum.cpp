@@ -21,7 +21,7 @@ struct Volume {
     long at(long b, long d, long h, long w) const { return (((b * depth + d) * height + h) * width + w) * n; }
 };
 
-// A copy of rows first .. last of all planes.
+// A copy of rows first .. last of all planes. Places that fill up tiles are not set: no result depends on them.
 struct Piece {
     const Volume& volume;
     long row, plane, first = 0, last = 0;
@@ -58,7 +58,7 @@ struct Taps {
     }
 };
 
-// Adds to a tile what it sees of `count` inputs along one axis, `step` apart. `taps` are those of the tile's first place.
+// Adds to a tile what it sees of `count` inputs along one axis, `step` apart. `taps` are those of its first place.
 template <bool ALONG_D, bool ALONG_W>
 inline __attribute__((always_inline)) void add_along(const float* x, long step, long plane, const float* taps,
                                                      long count, lanes (&sums)[DEEP][BROAD]) {
