@@ -127,7 +127,7 @@ def test_the_feed_forward_part_and_its_gradients(places, channels, wide):
     contract, contract_bias = torch.randn(channels, wide) / wide**0.5, torch.randn(channels)
     scale, inner, dy = torch.randn(channels), torch.empty(places, wide), torch.randn(places, channels)
     out = torch.empty_like(x)
-    packed = (kernels.panels(expand.T), expand_bias), (kernels.panels(contract.T), contract_bias)
+    packed = (kernels.panels(expand), expand_bias), (kernels.panels(contract), contract_bias)
     kernels.feed_forward(x, y, *packed, scale, out, inner)
 
     before = F.linear(y.double(), expand.double(), expand_bias.double()).requires_grad_()
@@ -142,23 +142,21 @@ def test_the_feed_forward_part_and_its_gradients(places, channels, wide):
 
 
 @needs_kernels
-@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=["into float32", "into bfloat16"])
 @pytest.mark.parametrize("places, channels, wide", [(1, 16, 16), (7, 48, 144), (101, 96, 384), (203, 80, 336)])
-def test_the_feed_forward_part_in_bfloat16_is_off_by_rounding_only(places, channels, wide, residual):
-    x, y = torch.randn(places, channels).to(residual), torch.randn(places, channels).bfloat16()
-    expand, contract = torch.randn(channels, wide).bfloat16(), (torch.randn(wide, channels) / wide**0.5).bfloat16()
+def test_the_feed_forward_part_in_bfloat16_is_off_by_rounding_only(places, channels, wide):
+    x, y = torch.randn(places, channels).bfloat16(), torch.randn(places, channels).bfloat16()
+    expand, contract = torch.randn(wide, channels).bfloat16(), (torch.randn(channels, wide) / wide**0.5).bfloat16()
     biases, scale = (torch.randn(wide), torch.randn(channels)), torch.randn(channels)
     out, inner = torch.empty_like(x), torch.empty(places, wide, dtype=torch.bfloat16)
     packed = (kernels.panels(expand), biases[0]), (kernels.panels(contract), biases[1])
     kernels.feed_forward(x, y, *packed, scale, out, inner)
 
-    before = y.double() @ expand.double() + biases[0]
+    before = F.linear(y.double(), expand.double(), biases[0].double())
     active = F.gelu(before)
-    reference = x + scale * (active @ contract.double() + biases[1])
+    reference = x + scale * F.linear(active, contract.double(), biases[1].double())
     assert ((inner - before).abs() <= 2**-8 * before.abs() + 1e-5).all()
-    of_active = 2**-9 * active.abs() @ contract.double().abs() * scale.abs()  # the most that rounding can make of it
-    of_out = 0 if residual == torch.float32 else 2**-8 * reference.abs()
-    assert ((out - reference).abs() <= of_active + of_out + 1e-4).all()
+    of_active = 2**-9 * F.linear(active.abs(), contract.double().abs()) * scale.abs()  # the most that rounding does
+    assert ((out - reference).abs() <= of_active + 2**-8 * reference.abs() + 1e-4).all()
     again = x.clone()
     kernels.feed_forward(again, y, *packed, scale, again)
     assert torch.equal(again, out)
@@ -170,7 +168,7 @@ def test_gelu_is_exact_up_to_rounding_everywhere():
     identity, zeros = kernels.panels(torch.eye(16)), torch.zeros(16)
     found = torch.empty_like(x)
     kernels.feed_forward(torch.zeros_like(x), x, (identity, zeros), (identity, zeros), torch.ones(16), found)
-    assert (found - F.gelu(x.double())).abs().max() <= 1e-6 and torch.isfinite(found).all()
+    assert ((found - F.gelu(x.double())).abs() <= 5e-7 + 1e-7 * x.abs()).all()
 
 
 @needs_kernels

@@ -1,6 +1,6 @@
 """The feed-forward part of a block with its residual connection: x + scale * contract(gelu(expand(y))).
 
-By the C++ kernels where they are to be had, otherwise by oneDNN (inference) or torch (training).
+By the C++ kernels where they are to be had, otherwise by oneDNN (inference) or torch (training, always in bfloat16).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class NativeFeedForward:
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
-        self.expand = (native.panels(expand.weight.to(dtype).T), expand.bias.float())
-        self.contract = (native.panels(contract.weight.to(dtype).T), contract.bias.float())
+        self.expand = (native.panels(expand.weight.to(dtype)), expand.bias.float())
+        self.contract = (native.panels(contract.weight.to(dtype)), contract.bias.float())
         self.scale = block.scale.float()
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
@@ -63,10 +63,10 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Ten
     expand, expand_bias, contract, contract_bias = mlp
     wide, channels = expand.shape
     worth_packing = y[..., 0].numel() >= channels // 2  # a copy of the weights
-    if worth_packing and native.take_products(y.dtype, channels, wide):
+    if worth_packing and _by_kernels(y.dtype, channels, wide):
         out, inner = torch.empty_like(x), y.new_empty(*y.shape[:-1], wide)
-        packed = (native.panels(expand.T), expand_bias.float()), (native.panels(contract.T), contract_bias.float())
-        native.feed_forward(x, y, *packed, scale.float(), out, inner)
+        packed = (native.panels(expand), expand_bias), (native.panels(contract), contract_bias)
+        native.feed_forward(x, y, *packed, scale, out, inner)
         return out, inner
     inner = F.linear(y, expand, expand_bias)
     outer = F.linear(F.gelu(inner), contract, contract_bias).to(x.dtype)
@@ -79,7 +79,7 @@ def backward(
     """Gradients of y, of the scale and of `mlp` from that of the result; arguments as of `forward`."""
     expand, _, contract, contract_bias = mlp
     total = dy.flatten(0, -2).sum(0, dtype=scale.dtype)  # [C]
-    if y.dtype == torch.float32 and native.take_products(y.dtype, *contract.shape):
+    if _by_kernels(y.dtype, *contract.shape):
         d_inner, d_contract, d_scale, d_expand, d_bias = native.feed_forward_gradients(dy, y, inner, contract, scale)
     else:
         dy, y, inner = (tensor.to(y.dtype).flatten(0, -2) for tensor in (dy, y, inner))  # [P, C], [P, C], [P, wide]
@@ -91,3 +91,8 @@ def backward(
         d_expand, d_bias = d_inner.T @ y, d_inner.sum(0)
     d_mlp = [d_expand, d_bias, d_contract, (scale * total).to(contract.dtype)]
     return d_inner @ expand, d_scale + total * contract_bias, d_mlp
+
+
+def _by_kernels(dtype: torch.dtype, channels: int, wide: int) -> bool:
+    """Whether the C++ kernels take a step of training."""
+    return dtype == torch.float32 and native.take_products(dtype, channels, wide)

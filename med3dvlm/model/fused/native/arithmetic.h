@@ -132,8 +132,8 @@ inline void with_constant(long n, F f) {
     f(std::integral_constant<int, LAST>{});
 }
 
-// c[m, n] (+)= a[m, k] b[k, n]; n is a multiple of 16. a[i, t] lies at a[i * a_row + t * a_step]. The factors are floats
-// or, two steps of k at a time, pairs of bfloat16; k, rows and steps count what T holds.
+// c[m, n] (+)= a[m, k] b[k, n]; n is a multiple of 16. a[i, t] is a[i * a_row + t * a_step]. Factors are floats
+// or pairs of bfloat16 (two steps of k at once); k, rows and steps count what T holds.
 template <class T>
 inline void product(const T* a, long a_row, long a_step, const T* b, long b_row, float* c, long c_row, long m, long n,
                     long k, bool add) {

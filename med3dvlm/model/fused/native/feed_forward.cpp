@@ -6,33 +6,29 @@
 
 namespace {
 
-constexpr long PANEL = 64;          // columns of a panel of weights
-constexpr long CHUNK = 4 * PANEL;   // inner channels that are worked on together
-constexpr long ROWS = 16 * TALL;    // places that are worked on together
+constexpr long PANEL = 64;         // columns of a panel of weights
+constexpr long CHUNK = 4 * PANEL;  // inner channels that are worked on together
+constexpr long ROWS = 16 * TALL;   // places that are worked on together
 
-// Distribution and density of the standard normal distribution at x, of which GELU consists. exp(-x^2 / 2) is a power
-// of 2; what lies beyond |x| is after Abramowitz and Stegun, 7.1.26, to 1e-7.
-inline void normal(float x, float& distribution, float& density) {
-    float size = std::min(std::abs(x), 13.f), power = size * size * -0.72134752f;  // log2(e) / 2
-    float whole = (power + 12582912.f) - 12582912.f, f = power - whole;  // 1.5 * 2^23: to the nearest integer
-    float rest = 1 + f * (0.69314718f + f * (0.24022651f + f * (0.05550411f + f * (0.00961813f + f * (
-        0.00133336f + f * 0.00015469f)))));  // 2^f for |f| <= 1/2
-    float bell = rest * __builtin_bit_cast(float, (int32_t(whole) + 127) << 23);
-    float t = 1 / (1 + 0.23164190f * size);
-    float beyond = bell * t * (0.12741480f + t * (-0.14224837f + t * (0.71070687f + t * (
-        -0.72657601f + t * 0.53070271f))));
-    distribution = x < 0 ? beyond : 1 - beyond;
-    density = 0.39894228f * bell;
-}
-
-// GELU(x) = max(x, 0) - |x| (1 - distribution(|x|)). What is in brackets is the 8th power of a polynomial, to 7e-7.
-inline lanes gelu(lanes x) {
+// The standard normal distribution. What it leaves beyond |x| is the 8th power of a polynomial, to 7e-7.
+inline lanes distribution(lanes x) {
     lanes size = x < 0 ? -x : x;
     size = size < 5.5f ? size : 5.5f;
     lanes root = 0.917004168f + size * (-0.0914622992f + size * (-0.0318981446f + size * (-0.000745595957f + size * (
         0.00159440457f + size * (-2.52459376e-05f + size * (-3.87045948e-05f + size * 3.48140361e-06f))))));
-    lanes square = root * root, fourth = square * square;
-    return (x < 0 ? 0.f : x) - size * (fourth * fourth);
+    lanes square = root * root, fourth = square * square, beyond = fourth * fourth;
+    return x < 0 ? beyond : 1 - beyond;
+}
+
+// Its density: exp(-x^2 / 2), as a power of 2, over sqrt(2 pi).
+inline lanes density(lanes x) {
+    typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+    lanes power = x * x * -0.72134752f;  // log2(e) / 2
+    power = power > -126.f ? power : -126.f;
+    lanes whole = (power + 12582912.f) - 12582912.f, f = power - whole;  // 1.5 * 2^23: to the nearest integer
+    lanes part = 1 + f * (0.69314718f + f * (0.24022651f + f * (0.05550411f + f * (0.00961813f + f * (
+        0.00133336f + f * 0.00015469f)))));  // 2^f for |f| <= 1/2
+    return 0.39894228f * part * (lanes)((__builtin_convertvector(whole, integers) + 127) << 23);
 }
 
 // What `product` takes of a row of T.
@@ -52,21 +48,21 @@ struct Panels {
     const Factor<T>* from(long row, long column) const { return at + (column / PANEL * k + row) * PANEL; }
 };
 
-// active[rows, CHUNK] = GELU(hidden[rows, PANEL] + bias) in n columns; what GELU takes is kept [rows, wide] unless null.
+// active[rows, CHUNK] = GELU(hidden[rows, PANEL] + bias) in n columns; its argument is kept [rows, wide] unless null.
 template <class T>
 void activate(const float* hidden, const float* bias, long rows, long n, T* active, T* kept, long wide) {
     for (long m = 0; m < rows; ++m)
         for (long c = 0; c < n; c += LANES) {
             lanes value = load(hidden + m * PANEL + c) + load(bias + c);
             if (kept) store(kept + m * wide + c, value);
-            store(active + m * CHUNK + c, gelu(value));
+            store(active + m * CHUNK + c, value * distribution(value));
         }
 }
 
-// Arithmetic is on T, the residual connection of type R. A thread takes places that follow each other.
-template <class T, class R>
-void forward(const R* x, const T* y, const Panels<T>& expand, const float* bias, const Panels<T>& contract,
-             const float* out_bias, const float* scale, T* inner, R* out, long places, long n, long wide,
+// A thread takes places that follow each other.
+template <class T>
+void forward(const T* x, const T* y, const Panels<T>& expand, const float* bias, const Panels<T>& contract,
+             const float* out_bias, const float* scale, T* inner, T* out, long places, long n, long wide,
              int threads) {
     constexpr long PER = PER_FACTOR<T>;
     #pragma omp parallel num_threads(threads)
@@ -91,9 +87,9 @@ void forward(const R* x, const T* y, const Panels<T>& expand, const float* bias,
                             count, std::min(PANEL, n - p), chunk / PER, j > 0);
             }
             for (long m = 0; m < count; ++m) {
-                const R* from = x + (start + m) * n;
+                const T* from = x + (start + m) * n;
                 const float* sum = &sums[m * n];
-                R* to = out + (start + m) * n;
+                T* to = out + (start + m) * n;
                 #pragma omp simd
                 for (long c = 0; c < n; ++c) put(to[c], get(from[c]) + scale[c] * (sum[c] + out_bias[c]));
             }
@@ -107,36 +103,30 @@ void backward(const float* dy, const float* y, const float* inner, const float* 
               long wide, int threads) {
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> weights(n * PANEL), left(BLOCK * n + TALL), hidden(BLOCK * PANEL), d(BLOCK * PANEL + TALL);
-        std::vector<float> of_contract(round_up(n, TALL) * PANEL), of_expand(round_up(PANEL, TALL) * n);
+        std::vector<float> weights(n * PANEL), hidden(ROWS * PANEL), d(ROWS * PANEL);
+        std::vector<float> of_contract(n * PANEL), of_expand(PANEL * n);
         #pragma omp for schedule(dynamic)
         for (long j = 0; j < wide; j += PANEL) {
             long panel = std::min(PANEL, wide - j);
             for (long c = 0; c < n; ++c)
                 for (long i = 0; i < panel; ++i) weights[c * PANEL + i] = scale[c] * contract[c * wide + j + i];
             std::fill_n(d_bias + j, panel, 0.f);
-            for (long start = 0; start < places; start += BLOCK) {
-                long count = std::min<long>(BLOCK, places - start);
-                std::copy_n(dy + start * n, count * n, left.data());
-                product(left.data(), n, 1, weights.data(), PANEL, d.data(), PANEL, round_up(count, TALL), panel, n,
-                        false);
-                for (long m = 0; m < count; ++m) {
-                    const float* values = inner + (start + m) * wide + j;
-                    float *gradient = &d[m * PANEL], *active = &hidden[m * PANEL], *bias = d_bias + j;
-                    #pragma omp simd
-                    for (long c = 0; c < panel; ++c) {
-                        float distribution, density, value = values[c];
-                        normal(value, distribution, density);
-                        active[c] = value * distribution;
-                        gradient[c] *= distribution + value * density;
-                        bias[c] += gradient[c];
+            for (long start = 0; start < places; start += ROWS) {
+                long count = std::min(ROWS, places - start);
+                const float* left = dy + start * n;
+                product(left, n, 1, weights.data(), PANEL, d.data(), PANEL, count, panel, n, false);
+                for (long m = 0; m < count; ++m)
+                    for (long c = 0; c < panel; c += LANES) {
+                        long at = (start + m) * wide + j + c;
+                        lanes value = load(inner + at), share = distribution(value);
+                        lanes gradient = (share + value * density(value)) * load(&d[m * PANEL + c]);
+                        store(&hidden[m * PANEL + c], value * share);
+                        store(&d[m * PANEL + c], gradient);
+                        store(d_inner + at, gradient);
+                        store(d_bias + j + c, load(d_bias + j + c) + gradient);
                     }
-                    std::copy_n(gradient, panel, d_inner + (start + m) * wide + j);
-                }
-                product(left.data(), 1, n, hidden.data(), PANEL, of_contract.data(), PANEL, round_up(n, TALL), panel,
-                        count, start > 0);
-                product(d.data(), 1, PANEL, y + start * n, n, of_expand.data(), n, round_up(panel, TALL), n, count,
-                        start > 0);
+                product(left, 1, n, hidden.data(), PANEL, of_contract.data(), PANEL, n, panel, count, start > 0);
+                product(d.data(), 1, PANEL, y + start * n, n, of_expand.data(), n, panel, n, count, start > 0);
             }
             for (long c = 0; c < n; ++c) {
                 const float *from = &of_contract[c * PANEL], *row = contract + c * wide + j;
@@ -158,20 +148,16 @@ void backward(const float* dy, const float* y, const float* inner, const float* 
 extern "C" {
 
 // out = x + scale * (contract(GELU(inner)) + out_bias), inner = expand(y) + bias, which is kept unless null.
-// x and out [places, n], of bfloat16 if half_residual; y [places, n] and inner [places, wide], of bfloat16 if half, as
-// are the weights: expand [n, wide] and contract [wide, n] in panels, rows of bfloat16 in pairs.
-void feed_forward(bool half, bool half_residual, const void* x, const void* y, const void* expand, const float* bias,
-                  const void* contract, const float* out_bias, const float* scale, void* inner, void* out, long places,
-                  long n, long wide, long threads) {
+// x, y, out [places, n], inner [places, wide], expand [n, wide] and contract [wide, n] in panels, of bfloat16 in pairs.
+void feed_forward(bool half, const void* x, const void* y, const void* expand, const float* bias, const void* contract,
+                  const float* out_bias, const float* scale, void* inner, void* out, long places, long n, long wide,
+                  long threads) {
     with_storage(half, [&](auto storage) {
-        with_storage(half_residual, [&](auto residual) {
-            using T = decltype(storage);
-            using R = decltype(residual);
-            Panels<T> first{factors((const T*)expand), n / PER_FACTOR<T>};
-            Panels<T> second{factors((const T*)contract), wide / PER_FACTOR<T>};
-            forward((const R*)x, (const T*)y, first, bias, second, out_bias, scale, (T*)inner, (R*)out, places, n,
-                    wide, threads);
-        });
+        using T = decltype(storage);
+        Panels<T> first{factors((const T*)expand), n / PER_FACTOR<T>};
+        Panels<T> second{factors((const T*)contract), wide / PER_FACTOR<T>};
+        forward((const T*)x, (const T*)y, first, bias, second, out_bias, scale, (T*)inner, (T*)out, places, n, wide,
+                threads);
     });
 }
 

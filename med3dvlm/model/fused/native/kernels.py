@@ -183,15 +183,13 @@ def take_places(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type == "cpu" and not x.requires_grad and build.wanted()
 
 
-def panels(matrix: Tensor) -> Tensor:
-    """[K, N] -> [N / 64, K, 64], the last columns filled up with zeros: the form in which weights are read fastest.
+def panels(weight: Tensor) -> Tensor:
+    """The weight [N, K] of a linear layer in the form in which it is read fastest: [N / 64, K, 64], zeros after N.
 
-    In bfloat16 two rows are interleaved: [N / 64, K / 2, 64, 2].
+    In bfloat16 [N / 64, K / 2, 64]: 32 bits hold two neighbours along K.
     """
-    packed = F.pad(matrix, (0, -matrix.shape[1] % 64)).unflatten(1, (-1, 64)).transpose(0, 1)
-    if matrix.dtype == torch.bfloat16:
-        packed = packed.unflatten(1, (-1, 2)).transpose(2, 3)
-    return packed.contiguous()
+    factors = weight.contiguous().view(torch.int32) if weight.dtype == torch.bfloat16 else weight
+    return F.pad(factors.T, (0, -len(weight) % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
 
 
 def feed_forward(
@@ -203,17 +201,16 @@ def feed_forward(
     out: Tensor,
     inner: Tensor | None = None,
 ) -> None:
-    """out = x + scale * contract(gelu(expand(y))), in y's dtype with float32 sums.
+    """out = x + scale * contract(gelu(expand(y))), sums in float32.
 
     Args:
-        x, out: [.., C], float32 or bfloat16; `out` may be x.
-        y: [.., C].
-        expand: `panels` [C, wide] in y's dtype and bias [wide], float32.
-        contract: `panels` [wide, C] in y's dtype and bias [C], float32.
+        x, y, out: [.., C] in float32 or bfloat16; `out` may be x.
+        expand: `panels` of [wide, C] in their dtype, and bias [wide], float32.
+        contract: `panels` of [C, wide] in their dtype, and bias [C], float32.
         scale: [C], float32.
-        inner: [.., wide] in y's dtype, where expand(y) is kept if wanted.
+        inner: [.., wide] in their dtype, where expand(y) is kept if wanted.
     """
-    _call("feed_forward", y, x.dtype == torch.bfloat16, x, y, *expand, *contract, scale, inner, out, *_places(x), len(expand[1]))
+    _call("feed_forward", x, x, y, *expand, *contract, scale, inner, out, *_places(x), len(expand[1]))
 
 
 def feed_forward_gradients(
