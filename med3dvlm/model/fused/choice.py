@@ -106,16 +106,18 @@ def smallest_count(encoder: nn.Module, volume: Tensor) -> int:
 
 def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
     """The encoder's parameters and buffers, and what keeps them from being all that its result depends on."""
-    tensors = []
-    for module in encoder.modules():
-        kind = type(module)
+    modules, tensors = [encoder], []
+    for module in modules:  # as `encoder.modules()`, which takes several times as long
+        kind, state = type(module), vars(module)
         if kind.__module__ != type(encoder).__module__ and kind not in _TORCH_LAYERS:
             return tensors, f"a layer was replaced by {kind.__name__}"
-        if module is not encoder and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+        hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
+        if module is not encoder and (hooks or "forward" in state):
             return tensors, "layers have hooks"
-        if module.training != encoder.training:
+        if state["training"] != encoder.training:
             return tensors, "some layers are in training mode and some are not"
-        tensors += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        modules += state["_modules"].values()
+        tensors += [t for t in (*state["_parameters"].values(), *state["_buffers"].values()) if t is not None]
     for tensor in tensors:
         if hasattr(tensor, "ds_id") or type(tensor) not in (nn.Parameter, Tensor):
             return tensors, "the weights are sharded"

@@ -69,7 +69,7 @@ class Face:
     """
 
     def __init__(self, axis: str, high: bool, first: Tensor, layers: list[tuple[dict[str, Tensor], Tensor]]):
-        self.dim, self.high = 1 + PLACES.index(axis), high
+        self.axis, self.high = PLACES.index(axis), high
         in_front = (axis, *(other for other in PLACES if other != axis))
         turned = []
         for kernels, bias in layers:
@@ -84,20 +84,13 @@ class Face:
             changes[0] -= response(outside, [(kernels, 0 * bias) for kernels, bias in turned])[4:7]
         # Seen from the place that is changed, where does the source lie?
         changes = changes[:, :, 1:6, 1:6].flip(2, 3).permute(1, 2, 3, 0, 5, 4)  # [3 planes, 5, 5, 2 planes, 20, C]
-        self.parts = []
-        for plane in changes:
-            places = plane.any(-1).nonzero()  # [R, 4]
-            self.parts.append((places, plane[tuple(places.T)].float().contiguous()))
+        where = changes.any(-1).nonzero()  # [R, 5]
+        self.weights = changes[tuple(where.T)].float()  # [R, C]
+        self.where, self.counts = where[:, 1:].contiguous(), where[:, 0].bincount(minlength=3)
 
     def correct(self, y: Tensor, volume: Tensor) -> None:
         """Make y [B, D', H', W', C], the kernel's result for a volume, what the four layers give near this side."""
-        source = native.outer_columns(volume, self.dim - 1, self.high)  # [B, n_1 + 4, n_2 + 4, 40]
-        for plane, (places, weights) in enumerate(self.parts[: y.shape[self.dim]]):
-            if len(places):
-                row, column, seen, channel = places.T
-                offsets = row * source.stride(1) + column * source.stride(2) + seen * (stem.VALID + 1) + channel
-                target = y.select(self.dim, -1 - plane if self.high else plane)  # [B, n_1, n_2, C]
-                native.add_sparse(source, offsets, weights, target)
+        native.correct_side(y, volume, self.axis, self.high, self.where, self.counts, self.weights)
 
 
 def response(first: Tensor, layers: list[tuple[dict[str, Tensor], Tensor]], plane: int | None = None) -> Tensor:

@@ -3,66 +3,98 @@
 
 namespace {
 
-constexpr long COLUMNS = 20, MARGIN = 2;
+constexpr long COLUMNS = 20, MARGIN = 2, SEEN = 2;  // SEEN planes next to a side decide on the corrections
 
-struct Face {
-    long batch, rows, columns;                   // of places
-    long from_batch, from_row, from_column;      // distances in the source
-    long to_batch, to_row, to_column;            // and in the result
+// A side of the grid of places, perpendicular to an axis (0 D, 1 H, 2 W). Rows and columns lie along the other axes.
+struct Side {
+    long batch, volume[3], places[3], axis, row_axis, column_axis;
+    bool high;
+
+    Side(long batch, long depth, long height, long width, long axis, bool high)
+        : batch(batch), volume{depth, height, width}, axis(axis), row_axis(axis == 0), column_axis(axis == 2 ? 1 : 2),
+          high(high) {
+        for (int i = 0; i < 3; ++i) places[i] = (volume[i] + 3) / 4;
+    }
+    long rows() const { return places[row_axis]; }
+    long columns() const { return places[column_axis]; }
+    long row_length() const { return (columns() + 2 * MARGIN) * SEEN * COLUMNS; }  // of what `read` writes
+    long length() const { return (rows() + 2 * MARGIN) * row_length(); }
+
+    // g = a place in the plane-th plane, counted from outside
+    void find(long plane, long row, long column, long* g) const {
+        g[axis] = high ? places[axis] - 1 - plane : plane;
+        g[row_axis] = row;
+        g[column_axis] = column;
+    }
 };
 
 // The columns of place g, in the order of `stem.columns`: seven voxels along W, six along H, six along D, and 1.
-void read_columns(const float* volume, const long* size, const long* g, float* to) {
-    long step = 1, at = 0;
-    for (int axis = 2; axis >= 0; step *= size[axis--]) at += 4 * g[axis] * step;
-    step = 1;
-    for (int axis = 2; axis >= 0; step *= size[axis--])
+void read_place(const float* volume, const long* size, const long* g, float* to) {
+    long steps[] = {size[1] * size[2], size[2], 1}, at = 0;
+    for (int axis = 0; axis < 3; ++axis) at += 4 * g[axis] * steps[axis];
+    for (int axis = 2; axis >= 0; --axis)
         for (long tap = -3; tap <= 3; ++tap) {
             long along = 4 * g[axis] + tap;
-            if (tap != 0 || axis == 2) *to++ = along >= 0 && along < size[axis] ? volume[at + tap * step] : 0;
+            if (tap != 0 || axis == 2) *to++ = along >= 0 && along < size[axis] ? volume[at + tap * steps[axis]] : 0;
         }
     *to = 1;
 }
 
-// The columns of the two planes next to a side, and zeros around: to[batch, rows + 2 MARGIN, columns + 2 MARGIN, 2, COLUMNS]
-void read_planes(const float* volume, const long* size, int axis, bool high, long batch, float* to, int threads) {
-    int row_axis = axis == 0 ? 1 : 0, column_axis = axis == 2 ? 1 : 2;
-    auto places = [&](int of) { return (size[of] + 3) / 4; };
-    long rows = places(row_axis) + 2 * MARGIN, columns = places(column_axis) + 2 * MARGIN, last = places(axis) - 1;
-    #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < batch * rows; ++i)
-        for (long column = 0; column < columns; ++column)
-            for (long plane = 0; plane < 2; ++plane) {
-                long g[3], row = i % rows;
-                g[axis] = high ? last - plane : plane, g[row_axis] = row - MARGIN, g[column_axis] = column - MARGIN;
-                bool inside = plane <= last && row >= MARGIN && row < rows - MARGIN && column >= MARGIN &&
-                              column < columns - MARGIN;
-                float* here = to + ((i * columns + column) * 2 + plane) * COLUMNS;
-                if (inside) read_columns(volume + i / rows * size[0] * size[1] * size[2], size, g, here);
-                else std::fill_n(here, COLUMNS, 0.f);
-            }
+// A row of the planes next to a side: to[columns + 2 MARGIN, SEEN, COLUMNS], zeros outside of the grid
+void read_row(const Side& side, const float* volume, long row, float* to) {
+    std::fill_n(to, side.row_length(), 0.f);
+    if (row < 0 || row >= side.rows()) return;
+    to += MARGIN * SEEN * COLUMNS;
+    for (long column = 0; column < side.columns(); ++column)
+        for (long plane = 0; plane < SEEN; ++plane, to += COLUMNS) {
+            long g[3];
+            side.find(plane, row, column, g);
+            if (plane < side.places[side.axis]) read_place(volume, side.volume, g, to);
+        }
+}
+
+// y[place, n] += sum over i of source[place + offsets[i]] * weights[i, n] for the places of one plane.
+template <class T>
+void add(const Side& side, long plane, const float* source, const std::vector<long>& offsets, const float* weights, T* y,
+         long n) {
+    long k = offsets.size(), area = side.rows() * side.columns();
+    std::vector<float> seen(BLOCK * k), sums(BLOCK * n);
+    #pragma omp for schedule(static)
+    for (long start = 0; start < side.batch * area; start += BLOCK) {
+        long count = std::min<long>(BLOCK, side.batch * area - start);
+        T* to[BLOCK];
+        for (long m = 0; m < count; ++m) {
+            long batch = (start + m) / area, row = (start + m) % area / side.columns(), g[3];
+            long column = (start + m) % side.columns();
+            const float* from =
+                source + batch * side.length() + row * side.row_length() + column * SEEN * COLUMNS;
+            for (long i = 0; i < k; ++i) seen[m * k + i] = from[offsets[i]];
+            side.find(plane, row, column, g);
+            to[m] = y + (((batch * side.places[0] + g[0]) * side.places[1] + g[1]) * side.places[2] + g[2]) * n;
+        }
+        product(seen.data(), k, 1, weights, n, sums.data(), n, count, n, k, false);
+        for (long m = 0; m < count; ++m) put_row(&sums[m * n], n, to[m], true);
+    }
 }
 
 template <class T>
-void add(const Face& face, const float* source, const long* offsets, const float* weights, T* y, long k, long n,
-         int threads) {
-    long places = face.batch * face.rows * face.columns;
+void correct(const Side& side, const float* volume, const long* where, const long* counts, long planes,
+             const float* weights, T* y, long n, int threads) {
+    std::vector<float> source(side.batch * side.length());
+    std::vector<std::vector<long>> offsets(planes);
+    for (long plane = 0; plane < planes; ++plane)
+        for (long i = 0; i < counts[plane]; ++i, where += 4)
+            offsets[plane].push_back(where[0] * side.row_length() + (where[1] * SEEN + where[2]) * COLUMNS + where[3]);
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> seen(BLOCK * k), sums(BLOCK * n);
-        std::vector<long> to(BLOCK);
+        long rows = side.rows() + 2 * MARGIN, voxels = side.volume[0] * side.volume[1] * side.volume[2];
         #pragma omp for schedule(static)
-        for (long start = 0; start < places; start += BLOCK) {
-            long count = std::min<long>(BLOCK, places - start);
-            for (long m = 0; m < count; ++m) {
-                long column = (start + m) % face.columns, row = (start + m) / face.columns % face.rows;
-                long batch = (start + m) / face.columns / face.rows;
-                const float* from = source + batch * face.from_batch + row * face.from_row + column * face.from_column;
-                for (long i = 0; i < k; ++i) seen[m * k + i] = from[offsets[i]];
-                to[m] = batch * face.to_batch + row * face.to_row + column * face.to_column;
-            }
-            product(seen.data(), k, 1, weights, n, sums.data(), n, round_up(count, TALL), n, k, false);
-            for (long m = 0; m < count; ++m) put_row(&sums[m * n], n, y + to[m], true);
+        for (long i = 0; i < side.batch * rows; ++i)
+            read_row(side, volume + i / rows * voxels, i % rows - MARGIN, &source[i * side.row_length()]);
+        const float* of_plane = weights;
+        for (long plane = 0; plane < std::min(planes, side.places[side.axis]); ++plane) {
+            add(side, plane, source.data(), offsets[plane], of_plane, y, n);
+            of_plane += counts[plane] * n;
         }
     }
 }
@@ -71,20 +103,15 @@ void add(const Face& face, const float* source, const long* offsets, const float
 
 extern "C" {
 
-// volume [batch, depth, height, width] -> what two planes next to a side perpendicular to an axis (0 D, 1 H, 2 W) see
-void faces_columns(bool, const float* volume, float* to, long batch, long depth, long height, long width, long axis,
+// Corrects the planes of y [batch, places along D, H, W, n] next to a side of a volume [batch, depth, height, width].
+// Plane i, counted from outside, depends on the next counts[i] rows of `where`: (row and column relative to a place,
+// from -MARGIN on, plane, column of `stem.columns`), with the rows of `weights` [.., n].
+void faces_correct(bool half, const float* volume, const long* where, const long* counts, long planes,
+                   const float* weights, void* y, long n, long batch, long depth, long height, long width, long axis,
                    bool high, long threads) {
-    long size[] = {depth, height, width};
-    read_planes(volume, size, axis, high, batch, to, threads);
-}
-
-// y[place, n] += sum over i of source[place + offsets[i]] * weights[i, n] for the places of one plane.
-void faces_add(bool half, const float* source, const long* offsets, const float* weights, void* y, long k, long n,
-               long batch, long rows, long columns, long from_batch, long from_row, long from_column, long to_batch,
-               long to_row, long to_column, long threads) {
-    Face face{batch, rows, columns, from_batch, from_row, from_column, to_batch, to_row, to_column};
+    Side side(batch, depth, height, width, axis, high);
     with_storage(half, [&](auto storage) {
-        add(face, source, offsets, weights, (decltype(storage)*)y, k, n, threads);
+        correct(side, volume, where, counts, planes, weights, (decltype(storage)*)y, n, threads);
     });
 }
 }

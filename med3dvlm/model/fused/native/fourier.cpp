@@ -98,28 +98,27 @@ bool read_row(const Grid& grid, const float* volume, const long* g, float* value
     const long *size = grid.volume, steps[] = {size[1] * size[2], size[2]};
     if (g[0] < 0 || g[0] >= grid.size[0] || g[1] < 0 || g[1] >= grid.size[1]) return false;
     const float* row = volume + 4 * (g[0] * steps[0] + g[1] * steps[1]);
+    long along_d = std::min(4L, size[0] - 4 * g[0]), along_h = std::min(4L, size[1] - 4 * g[1]);
     for (long w = std::max(0L, -g[2]); w < std::min<long>(N, grid.size[2] - g[2]); ++w) {
         const float* here = row + 4 * (g[2] + w);
         float* to = values + w * SLOTS;
-        to[0] = *here;
-        for (long i = 1; i < 4; ++i) {
-            if (4 * (g[2] + w) + i < size[2]) to[i] = here[i];
-            if (4 * g[1] + i < size[1]) to[3 + i] = here[i * steps[1]];
-            if (4 * g[0] + i < size[0]) to[6 + i] = here[i * steps[0]];
-        }
+        std::copy_n(here, std::min(4L, size[2] - 4 * (g[2] + w)), to);
+        for (long i = 1; i < along_h; ++i) to[3 + i] = here[i * steps[1]];
+        for (long i = 1; i < along_d; ++i) to[6 + i] = here[i * steps[0]];
         to[PHASES - 1] = 1;
     }
     return true;
 }
 
 // The spectra along W of row (d, h) of a pair of tiles: line[N, VECTORS]; false if they are 0.
-bool forwards_row(const Grid& grid, const float* volume, long pair, long d, long h, Complex* line) {
+bool forwards_row(const Grid& grid, const float* volume, const std::vector<Tile>& tiles, long d, long h,
+                  Complex* line) {
     float values[2][N * SLOTS] = {};
     bool seen = false;
-    for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
-        Tile tile(grid, pair + i);
-        long g[] = {tile.first[0] + d - BEFORE, tile.first[1] + h - BEFORE, tile.first[2] - BEFORE};
-        seen |= read_row(grid, volume + tile.batch * grid.volume[0] * grid.volume[1] * grid.volume[2], g, values[i]);
+    for (size_t i = 0; i < tiles.size(); ++i) {
+        const long* first = tiles[i].first;
+        long g[] = {first[0] + d - BEFORE, first[1] + h - BEFORE, first[2] - BEFORE};
+        seen |= read_row(grid, volume + tiles[i].batch * grid.volume[0] * grid.volume[1] * grid.volume[2], g, values[i]);
     }
     if (!seen) return false;
     for (int v = 0; v < VECTORS; ++v)
@@ -131,12 +130,14 @@ bool forwards_row(const Grid& grid, const float* volume, long pair, long d, long
 
 // A pair of tiles -> its spectra, [N * PLANE, pairs, 2, SLOTS] with those of other pairs; frequencies in order W, H, D.
 void forwards(const Grid& grid, const float* volume, long pair, Complex* buffer, float* spectra, long pairs) {
+    std::vector<Tile> tiles;
+    for (long i = pair; i < std::min(pair + 2, grid.count()); ++i) tiles.emplace_back(grid, i);
     for (long d = 0; d < N; ++d) {
         Complex* plane = buffer + d * STRIDE * VECTORS;
         bool seen = false;
         for (long h = 0; h < N; ++h) {
             Complex* line = plane + h * N * VECTORS;
-            if (forwards_row(grid, volume, pair, d, h, line)) seen = true;
+            if (forwards_row(grid, volume, tiles, d, h, line)) seen = true;
             else std::fill_n(line, N * VECTORS, Complex{});
         }
         for (long i = 0; i < N * VECTORS && seen; ++i)
@@ -157,13 +158,13 @@ void forwards(const Grid& grid, const float* volume, long pair, Complex* buffer,
 // The product of spectra with weights [PLANE, PHASES, 2, LANES] of one frequency along W and LANES channels, for
 // TOGETHER pairs: buffer[TOGETHER, PLANE]. `mirrored`: the frequency is the negative of that of the weights.
 void multiply(const float* spectra, long pairs, const float* weights, bool mirrored, Complex* buffer) {
-    float sign = mirrored ? -1 : 1;
     for (long f = 0; f < PLANE; ++f) {
         long from = mirrored ? (N - f / N) % N * N + (N - f % N) % N : f;
         const float *weight = weights + from * PHASES * 2 * LANES, *x = spectra + f * pairs * 2 * SLOTS;
         Complex sums[TOGETHER] = {};
         for (long k = 0; k < PHASES; ++k, weight += 2 * LANES) {
-            lanes re = *(const lanes*)weight, im = sign * *(const lanes*)(weight + LANES);
+            lanes re = *(const lanes*)weight, im = *(const lanes*)(weight + LANES);
+            if (mirrored) im = -im;
             #pragma GCC unroll 8
             for (int i = 0; i < TOGETHER; ++i) {
                 float left = x[i * 2 * SLOTS + k], right = x[(i * 2 + 1) * SLOTS + k];

@@ -79,33 +79,23 @@ def fourier(volume: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def outer_columns(volume: Tensor, axis: int, high: bool) -> Tensor:
-    """`stem.columns` of the two planes of places next to a side, the outermost first, zeros around them.
+def correct_side(
+    y: Tensor, volume: Tensor, axis: int, high: bool, where: Tensor, counts: Tensor, weights: Tensor
+) -> None:
+    """Add to the planes of y that lie next to a side of the grid what the columns there call for.
 
     Args:
+        y: [B, D', H', W', C], changed.
         volume: [B, 1, D, H, W] float32.
         axis: to which the side is perpendicular, 0 to 2 for D, H and W.
         high: whether it is the side of the last place.
-    Returns:
-        [B, n_1 + 4, n_2 + 4, 40], n the numbers of places along the other axes.
-    """
-    sides = [(n + 3) // 4 + 4 for i, n in enumerate(volume.shape[2:]) if i != axis]
-    found = volume.new_empty(len(volume), *sides, 40)
-    _call("faces_columns", found, volume, found, len(volume), *volume.shape[2:], axis, high)
-    return found
-
-
-def add_sparse(source: Tensor, offsets: Tensor, weights: Tensor, y: Tensor) -> None:
-    """y += the numbers of `source` at distances `offsets` from each place, times weights.
-
-    Args:
-        source: [B, n_1 + margin, n_2 + margin, .], contiguous float32.
-        offsets: [R] int64, counted in numbers from the place of the same indices as that of y.
+        where: [R, 4] int64, what a place looks at: along the other two axes 0 to 4 for -2 to 2, the plane counted from
+            outside (0 or 1), the one of the 20 columns.
+        counts: [3] int64, how many of these the planes, counted from outside, take in turn.
         weights: [R, C] float32.
-        y: [B, n_1, n_2, C], channels contiguous.
     """
-    sizes = (*weights.shape, *y.shape[:3], *source.stride()[:3], *y.stride()[:3])
-    _call("faces_add", y, source, offsets, weights, ctypes.c_void_p(y.data_ptr()), *sizes)
+    sizes = (y.shape[-1], len(volume), *volume.shape[2:])
+    _call("faces_correct", y, volume, where, counts, len(counts), weights, y, *sizes, axis, high)
 
 
 def depthwise_sum(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -266,6 +256,4 @@ def _converted(argument: Tensor | int | bool | None) -> ctypes.c_void_p | ctypes
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:
         return ctypes.c_void_p(None)
-    if isinstance(argument, ctypes.c_void_p):
-        return argument
     return ctypes.c_bool(argument) if isinstance(argument, bool) else ctypes.c_long(argument)
