@@ -181,20 +181,32 @@ void multiply(const float* spectra, long pairs, const float* weights, bool mirro
 
 inline bool kept(int k) { return BEFORE <= k && k < BEFORE + OUT; }
 
+// Complex numbers in the result's type: those that a thread leaves to others are many.
+template <class T>
+struct alignas(sizeof(T) * LANES) Stored {
+    T re[LANES], im[LANES];
+};
+
 // Back along D and H: one pair's plane [N, N] of frequencies (H, D) -> fields[OUT, OUT] of places (D, H), those kept.
-void backwards(Complex* plane, Complex* fields) {
+template <class T>
+void backwards(Complex* plane, Stored<T>* fields) {
     for (Complex* line = plane; line < plane + PLANE; line += N)
         transform<true>([&](int n) { return line[n]; }, [&](int k, Complex x) { if (kept(k)) line[k] = x; });
     for (long d = 0; d < OUT; ++d)
         transform<true>([&](int n) { return plane[n * N + d + BEFORE]; },
-                        [&](int k, Complex x) { if (kept(k)) fields[d * OUT + k - BEFORE] = x; });
+                        [&](int k, Complex x) {
+                            if (!kept(k)) return;
+                            Stored<T>& to = fields[d * OUT + k - BEFORE];
+                            store(x.re, to.re);
+                            store(x.im, to.im);
+                        });
 }
 
 // Back along W: the lines of a pair at (d, h) in its tiles, fields[N], FIELD apart -> LANES channels of y.
 template <class T>
-void finish(const Grid& grid, const Complex* fields, long pair, long d, long h, T* y) {
+void finish(const Grid& grid, const Stored<T>* fields, long pair, long d, long h, T* y) {
     Complex line[OUT];
-    transform<true>([&](int n) { return fields[n * FIELD]; },
+    transform<true>([&](int n) { return Complex{load(fields[n * FIELD].re), load(fields[n * FIELD].im)}; },
                     [&](int k, Complex x) { if (kept(k)) line[k - BEFORE] = x; });
     for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
         Tile tile(grid, pair + i);
@@ -210,7 +222,7 @@ template <class T>
 void convolve(const Grid& grid, const float* volume, const float* weights, T* y, int threads) {
     long pairs = round_up(threads, TOGETHER);  // that are worked on while they lie in the third-level cache
     std::unique_ptr<Complex[]> memory(new Complex[N * PLANE * pairs * SLOTS / LANES]);
-    std::unique_ptr<Complex[]> fields(new Complex[pairs * N * FIELD]);
+    std::unique_ptr<Stored<T>[]> fields(new Stored<T>[pairs * N * FIELD]);
     float* spectra = (float*)memory.get();
     #pragma omp parallel num_threads(threads)
     {
