@@ -87,7 +87,7 @@ def test_max_pooling(dtype, shape):
     x[:, -1, 0] = -torch.inf
     x.view(-1)[::1003], x.view(-1)[7::2001] = torch.nan, -torch.nan
     reference = F.max_pool3d(x.movedim(-1, 1), 3, stride=2, padding=1).movedim(1, -1)
-    assert kernels.take_pool(dtype) and not kernels.take_pool(torch.float64)
+    assert kernels.take_dtype(dtype) and not kernels.take_dtype(torch.float64)
     torch.testing.assert_close(kernels.max_pool(x), reference, rtol=0, atol=0, equal_nan=True)
 
 

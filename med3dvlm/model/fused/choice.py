@@ -142,16 +142,17 @@ class Cache:
     """
 
     sources: list[Tensor]
-    versions: list[int]
+    states: list[tuple[int, int]]
     folded: Callable[[Tensor], list[Tensor]]
 
     def is_current(self, tensors: list[Tensor]) -> bool:
         """Whether the present tensors are those that were folded, unchanged."""
-        return (
-            len(tensors) == len(self.sources)
-            and all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors, self.sources, strict=True))
-            and [tensor._version for tensor in tensors] == self.versions
-        )
+        return self.states == states_of(tensors)
+
+
+def states_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """Addresses and version counters."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def _infer(encoder: nn.Module, fold: type, dtype: torch.dtype, tensors: list[Tensor], volume: Tensor) -> list[Tensor]:
@@ -159,8 +160,8 @@ def _infer(encoder: nn.Module, fold: type, dtype: torch.dtype, tensors: list[Ten
     with torch.no_grad(), torch.autocast(volume.device.type, enabled=False):
         cache = encoder.fused_cache.get(dtype)
         if cache is None or not cache.is_current(tensors):
-            sources, versions = [t.detach() for t in tensors], [t._version for t in tensors]
-            cache = encoder.fused_cache[dtype] = Cache(sources, versions, fold(encoder, dtype))
+            sources = [tensor.detach() for tensor in tensors]
+            cache = encoder.fused_cache[dtype] = Cache(sources, states_of(tensors), fold(encoder, dtype))
         stem_state, *states = cache.folded(volume)
     residual = torch.promote_types(dtype, next(encoder.parameters()).dtype)
     return [stem_state, *(state.to(residual) for state in states)]

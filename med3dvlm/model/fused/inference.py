@@ -78,7 +78,7 @@ def pooling(block: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """What a stage's first block does to [B, D, H, W, C] before its projection."""
     if isinstance(block.pool, nn.Identity):
         return block.pool
-    if native.take_pool(dtype):
+    if native.take_dtype(dtype):
         return native.max_pool
     return lambda x: block.pool(x.movedim(-1, 1)).movedim(1, -1).contiguous()
 

@@ -57,14 +57,6 @@ inline void store(bfloat16* to, lanes x) {
 #endif
 }
 
-inline void store(lanes x, float* to) { *(lanes*)to = x; }
-inline void store(lanes x, bfloat16* to) {
-    typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
-    typedef uint32_t longs __attribute__((vector_size(4 * LANES)));
-    longs bits = (longs)x;
-    *(shorts*)to = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, shorts);
-}
-
 // to[n] = row, or += row
 template <class T>
 inline void put_row(const float* row, long n, T* to, bool add) {

@@ -38,7 +38,7 @@ struct Piece {
         first = from, last = to;
         for (long d = 0; d < volume.depth; ++d)
             for (long h = first; h < last; ++h)
-                for (long w = 0; w < volume.width; ++w) store(load(x + volume.at(0, d, h, w)), at(d, h, w));
+                for (long w = 0; w < volume.width; ++w) store(at(d, h, w), load(x + volume.at(0, d, h, w)));
     }
 };
 
@@ -54,7 +54,7 @@ struct Taps {
 
     void read(const float* taps, long n) {  // [3, length, n]
         for (int axis = 0; axis < 3; ++axis)
-            for (long t = 0; t < length; ++t) store(load(taps + (axis * length + t) * n), at(axis, t - length / 2));
+            for (long t = 0; t < length; ++t) store(at(axis, t - length / 2), load(taps + (axis * length + t) * n));
     }
 };
 
@@ -90,7 +90,7 @@ void convolve_tile(Piece& x, Taps& taps, lanes bias, long d, long h, long w, T* 
     for (int i = 0; i < DEEP; ++i)
         #pragma GCC unroll 4
         for (int j = 0; j < BROAD; ++j)
-            if (d + i < x.volume.depth && w + j < x.volume.width) store(sums[i][j], y + x.volume.at(0, i, 0, j));
+            if (d + i < x.volume.depth && w + j < x.volume.width) store(y + x.volume.at(0, i, 0, j), sums[i][j]);
 }
 
 template <class T>

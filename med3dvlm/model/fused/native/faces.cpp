@@ -53,11 +53,16 @@ void read_row(const Side& side, const float* volume, long row, float* to) {
         }
 }
 
-// y[place, n] += sum over i of source[place + offsets[i]] * weights[i, n] for the places of one plane.
+// Numbers that lie together in the source, `from` away from a place.
+struct Run {
+    long from, length;
+};
+
+// y[place, n] += sum over the k numbers in runs of each times weights[k, n], for the places of one plane.
 template <class T>
-void add(const Side& side, long plane, const float* source, const std::vector<long>& offsets, const float* weights, T* y,
+void add(const Side& side, long plane, const float* source, const std::vector<Run>& runs, long k, const float* weights, T* y,
          long n) {
-    long k = offsets.size(), area = side.rows() * side.columns();
+    long area = side.rows() * side.columns();
     std::vector<float> seen(BLOCK * k), sums(BLOCK * n);
     #pragma omp for schedule(static)
     for (long start = 0; start < side.batch * area; start += BLOCK) {
@@ -68,9 +73,11 @@ void add(const Side& side, long plane, const float* source, const std::vector<lo
             long column = (start + m) % side.columns();
             const float* from =
                 source + batch * side.length() + row * side.row_length() + column * SEEN * COLUMNS;
-            for (long i = 0; i < k; ++i) seen[m * k + i] = from[offsets[i]];
+            float* next = &seen[m * k];
+            for (const Run& run : runs) next = std::copy_n(from + run.from, run.length, next);
             side.find(plane, row, column, g);
             to[m] = y + (((batch * side.places[0] + g[0]) * side.places[1] + g[1]) * side.places[2] + g[2]) * n;
+            for (long c = 0; c < n; c += LANES) __builtin_prefetch(to[m] + c, 1);  // scattered, and needed soon
         }
         product(seen.data(), k, 1, weights, n, sums.data(), n, count, n, k, false);
         for (long m = 0; m < count; ++m) put_row(&sums[m * n], n, to[m], true);
@@ -81,10 +88,14 @@ template <class T>
 void correct(const Side& side, const float* volume, const long* where, const long* counts, long planes,
              const float* weights, T* y, long n, int threads) {
     std::vector<float> source(side.batch * side.length());
-    std::vector<std::vector<long>> offsets(planes);
+    std::vector<std::vector<Run>> runs(planes);
     for (long plane = 0; plane < planes; ++plane)
-        for (long i = 0; i < counts[plane]; ++i, where += 4)
-            offsets[plane].push_back(where[0] * side.row_length() + (where[1] * SEEN + where[2]) * COLUMNS + where[3]);
+        for (long i = 0; i < counts[plane]; ++i, where += 4) {
+            long from = where[0] * side.row_length() + (where[1] * SEEN + where[2]) * COLUMNS + where[3];
+            std::vector<Run>& found = runs[plane];
+            if (found.empty() || found.back().from + found.back().length != from) found.push_back({from, 0});
+            ++found.back().length;
+        }
     #pragma omp parallel num_threads(threads)
     {
         long rows = side.rows() + 2 * MARGIN, voxels = side.volume[0] * side.volume[1] * side.volume[2];
@@ -93,7 +104,7 @@ void correct(const Side& side, const float* volume, const long* where, const lon
             read_row(side, volume + i / rows * voxels, i % rows - MARGIN, &source[i * side.row_length()]);
         const float* of_plane = weights;
         for (long plane = 0; plane < std::min(planes, side.places[side.axis]); ++plane) {
-            add(side, plane, source.data(), offsets[plane], of_plane, y, n);
+            add(side, plane, source.data(), runs[plane], counts[plane], of_plane, y, n);
             of_plane += counts[plane] * n;
         }
     }

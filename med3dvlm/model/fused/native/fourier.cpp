@@ -197,8 +197,8 @@ void backwards(Complex* plane, Stored<T>* fields) {
                         [&](int k, Complex x) {
                             if (!kept(k)) return;
                             Stored<T>& to = fields[d * OUT + k - BEFORE];
-                            store(x.re, to.re);
-                            store(x.im, to.im);
+                            store(to.re, x.re);
+                            store(to.im, x.im);
                         });
 }
 
@@ -214,7 +214,7 @@ void finish(const Grid& grid, const Stored<T>* fields, long pair, long d, long h
         if (gd >= grid.size[0] || gh >= grid.size[1]) continue;
         long place = ((tile.batch * grid.size[0] + gd) * grid.size[1] + gh) * grid.size[2] + gw;
         for (long w = 0; w < std::min<long>(OUT, grid.size[2] - gw); ++w)
-            store(i ? line[w].im : line[w].re, y + (place + w) * grid.channels);
+            store(y + (place + w) * grid.channels, i ? line[w].im : line[w].re);
     }
 }
 

@@ -155,11 +155,6 @@ def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
     return fastest and channels % 16 == 0 and wide % 16 == 0 and build.wanted()
 
 
-def take_pool(dtype: torch.dtype) -> bool:
-    """Whether `max_pool` takes this dtype; it takes any width."""
-    return dtype in DTYPES and build.wanted()
-
-
 def max_pool(x: Tensor) -> Tensor:
     """Max pooling over 3x3x3 places, stride 2, padding 1: [B, D, H, W, C] -> [B, D', H', W', C], halves rounded up."""
     batch, *sizes, channels = x.shape
