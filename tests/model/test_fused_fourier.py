@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from med3dvlm.model.dcformer import DCFormer
+from med3dvlm.model.dcformer import DCFormer, Variant
 from med3dvlm.model.fused import fourier
 from med3dvlm.model.fused.inference import FoldedStem
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
@@ -48,6 +48,17 @@ def test_every_width(name):
 
 
 @needs_kernels
+def test_samples_of_a_batch_do_not_touch_each_other():
+    stem, volume = fourier.FourierStem(stem_of("phantom"), torch.float32), torch.rand(3, 1, 30, 64, 190)  # odd tiles
+    volume[1] *= 1e4
+    volume[2, 0, 4, 8, 7] = torch.nan
+    with torch.no_grad():
+        together, alone = stem(volume), [stem(sample[None]) for sample in volume[:2]]
+    assert torch.equal(together[0], alone[0][0]) and torch.equal(together[1], alone[1][0])
+    assert together[2].isnan().any()
+
+
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 5])
 def test_any_number_of_threads(threads):
     layers, volume = stem_of("phantom"), rule_volume("fourier", (1, 1, 40, 80, 75))
@@ -80,6 +91,26 @@ def test_small_volumes_and_those_without_kernels_do_not_take_it(monkeypatch):
         assert relative_deviation(stem(volume := torch.rand(1, 1, 32, 64, 64)), plain(stem.layers, volume)) <= 1e-6
     assert "as_one" not in vars(stem)
     large = torch.rand(1, 1, 128, 256, 256)
-    assert fourier.pays(large, torch.float32) and not fourier.pays(large, torch.float64)
+    assert fourier.pays(large, torch.float32, 64) and not fourier.pays(large, torch.float64, 64)
     monkeypatch.setenv("MED3DVLM_FUSED", "torch")
-    assert not fourier.pays(large, torch.float32)
+    assert not fourier.pays(large, torch.float32, 64)
+
+
+def test_other_widths_take_the_layers():
+    encoder = fill_by_rule(DCFormer(Variant((24, 24, 40, 48, 48), (1, 1, 1, 1), (3, 3, 3, 3))), "fourier").eval()
+    assert_follows(encoder, torch.rand(1, 1, 128, 128, 128))
+
+
+def test_parameters_may_be_views_at_odd_places():
+    encoder = fill_by_rule(DCFormer.from_variant("phantom"), "fourier").eval().bfloat16()
+    for parameter in encoder.parameters():
+        whole = parameter.new_zeros(2 * parameter.numel() + 1)
+        apart = parameter.ndim == 1 or parameter.shape[0] % 2  # every second number, or all of them behind an odd one
+        view = whole[1::2] if apart else whole[1 : 1 + parameter.numel()]
+        parameter.data = view.view(parameter.shape).copy_(parameter)
+    with torch.no_grad():
+        volume = torch.rand(1, 1, 128, 128, 128)
+        found = encoder(volume.bfloat16())
+        assert encoder.fused_cache, "the plain path was taken"
+        for state, expected in zip(found, copy.deepcopy(encoder).float()._plain(volume), strict=True):
+            assert (state.float() - expected).norm() <= 1.5e-2 * expected.norm()

@@ -116,7 +116,7 @@ def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
             return tensors, "layers have hooks"
         if state["training"] != encoder.training:
             return tensors, "some layers are in training mode and some are not"
-        modules += state["_modules"].values()
+        modules += [child for child in state["_modules"].values() if child is not None]
         tensors += [t for t in (*state["_parameters"].values(), *state["_buffers"].values()) if t is not None]
     for tensor in tensors:
         if hasattr(tensor, "ds_id") or type(tensor) not in (nn.Parameter, Tensor):

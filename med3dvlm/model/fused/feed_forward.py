@@ -43,9 +43,9 @@ class NativeFeedForward:
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
-        self.expand = (native.panels(expand.weight.to(dtype)), expand.bias.float())
-        self.contract = (native.panels(contract.weight.to(dtype)), contract.bias.float())
-        self.scale = block.scale.float()
+        self.expand = (native.panels(expand.weight.to(dtype)), expand.bias.float().contiguous())
+        self.contract = (native.panels(contract.weight.to(dtype)), contract.bias.float().contiguous())
+        self.scale = block.scale.float().contiguous()
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
         native.feed_forward(x, y, self.expand, self.contract, self.scale, out=x)

@@ -23,21 +23,22 @@ from med3dvlm.model.fused.axes import AXES, kernels_of
 from med3dvlm.model.fused.native import kernels as native
 
 PHASES, LENGTH = 11, 24  # of the transforms
-TILE, TILES = 16, 8  # places along an axis that one transform gives; transforms that are worked on together
+TILE, PAIRS = 16, 4  # places along an axis that one transform gives; pairs of tiles that are worked on together
 PLACES = ("d", "h", "w")  # the order of a tensor's axes
 
 
-def pays(volume: Tensor, dtype: torch.dtype) -> bool:
+def pays(volume: Tensor, dtype: torch.dtype, channels: int) -> bool:
     """Whether there are kernels for `FourierStem`, and the tiles that they work on are filled more than half.
 
     Args:
         volume: [B, 1, D, H, W].
         dtype: of the arithmetic.
+        channels: of the stem.
     """
     sizes = [(n + 3) // 4 for n in volume.shape[2:]]
-    tiles = len(volume) * math.prod(-(-n // TILE) for n in sizes)
-    places, capacity = len(volume) * math.prod(sizes), -(-tiles // TILES) * TILES * TILE**3
-    return 2 * places > capacity and native.take_dtype(dtype)
+    pairs = len(volume) * -(-math.prod(-(-n // TILE) for n in sizes) // 2)  # of tiles of one sample
+    places, capacity = len(volume) * math.prod(sizes), -(-pairs // PAIRS) * PAIRS * 2 * TILE**3
+    return 2 * places > capacity and channels % 16 == 0 and native.take_dtype(dtype)
 
 
 class FourierStem:

@@ -45,7 +45,8 @@ class FoldedStem:
 
     def __call__(self, volume: Tensor) -> Tensor:
         """[B, 1, D, H, W] -> [B, D', H', W', C]."""
-        return (self.as_one if fourier.pays(volume, self.dtype) else self.as_three)(volume)
+        channels = len(self.layers[0].c1[0].weight)
+        return (self.as_one if fourier.pays(volume, self.dtype, channels) else self.as_three)(volume)
 
     @functools.cached_property
     def as_one(self) -> fourier.FourierStem:

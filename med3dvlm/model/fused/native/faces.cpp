@@ -60,8 +60,8 @@ struct Run {
 
 // y[place, n] += sum over the k numbers in runs of each times weights[k, n], for the places of one plane.
 template <class T>
-void add(const Side& side, long plane, const float* source, const std::vector<Run>& runs, long k, const float* weights, T* y,
-         long n) {
+void add(const Side& side, long plane, const float* source, const std::vector<Run>& runs, long k,
+         const float* weights, T* y, long n) {
     long area = side.rows() * side.columns();
     std::vector<float> seen(BLOCK * k), sums(BLOCK * n);
     #pragma omp for schedule(static)

@@ -1,7 +1,7 @@
 // The whole stem as one convolution by fast Fourier transforms, for inference.
 //
-// Its input are PHASES values at each place of the stem's grid: the voxels 4 g, 4 g + 1 .. 4 g + 3 along each axis, and 1
-// (`med3dvlm.model.fused.fourier`). The grid is cut into tiles of 16 x 16 x 16 places, of which each needs 24 x 24 x 24.
+// Its input are PHASES values at each place of the stem's grid: the voxels 4 g to 4 g + 3 along each axis, and 1
+// (`med3dvlm.model.fused.fourier`). The grid is cut into tiles of 16 x 16 x 16 places; each needs 24 x 24 x 24.
 // Two tiles are the real and the imaginary part of one transform: the kernels are real, so they do not mix.
 // Along an axis of 24 there are no twiddle factors: 3 and 8 have no common divisor (Good and Thomas).
 #include <memory>
@@ -78,20 +78,28 @@ struct Grid {
             tiles[axis] = (size[axis] + OUT - 1) / OUT;
         }
     }
-    long count() const { return batch * tiles[0] * tiles[1] * tiles[2]; }
+    long of_sample() const { return tiles[0] * tiles[1] * tiles[2]; }
+    long pairs_of_sample() const { return (of_sample() + 1) / 2; }
+    long pairs() const { return batch * pairs_of_sample(); }
+    long voxels() const { return volume[0] * volume[1] * volume[2]; }
 };
 
-// A tile's batch and its first place along each axis.
+// A tile's sample and its first place along each axis.
 struct Tile {
-    long batch, first[3];
-    Tile(const Grid& grid, long i) {
-        for (int axis = 2; axis >= 0; --axis) {
-            first[axis] = OUT * (i % grid.tiles[axis]);
-            i /= grid.tiles[axis];
-        }
-        batch = i;
-    }
+    long sample, first[3];
 };
+
+// One or two tiles, of the same sample: rounding errors, and NaNs, go from one to the other. None behind the last pair.
+std::vector<Tile> tiles_of(const Grid& grid, long pair) {
+    std::vector<Tile> found;
+    if (pair >= grid.pairs()) return found;
+    long sample = pair / grid.pairs_of_sample(), start = pair % grid.pairs_of_sample() * 2;
+    for (long i = start; i < std::min(start + 2, grid.of_sample()); ++i) {
+        long w = i % grid.tiles[2], h = i / grid.tiles[2] % grid.tiles[1], d = i / grid.tiles[2] / grid.tiles[1];
+        found.push_back({sample, {OUT * d, OUT * h, OUT * w}});
+    }
+    return found;
+}
 
 // values[N, SLOTS] = the phases of the places from `g` on along W; whether any of them lies in the grid
 bool read_row(const Grid& grid, const float* volume, const long* g, float* values) {
@@ -118,7 +126,7 @@ bool forwards_row(const Grid& grid, const float* volume, const std::vector<Tile>
     for (size_t i = 0; i < tiles.size(); ++i) {
         const long* first = tiles[i].first;
         long g[] = {first[0] + d - BEFORE, first[1] + h - BEFORE, first[2] - BEFORE};
-        seen |= read_row(grid, volume + tiles[i].batch * grid.volume[0] * grid.volume[1] * grid.volume[2], g, values[i]);
+        seen |= read_row(grid, volume + tiles[i].sample * grid.voxels(), g, values[i]);
     }
     if (!seen) return false;
     for (int v = 0; v < VECTORS; ++v)
@@ -130,8 +138,7 @@ bool forwards_row(const Grid& grid, const float* volume, const std::vector<Tile>
 
 // A pair of tiles -> its spectra, [N * PLANE, pairs, 2, SLOTS] with those of other pairs; frequencies in order W, H, D.
 void forwards(const Grid& grid, const float* volume, long pair, Complex* buffer, float* spectra, long pairs) {
-    std::vector<Tile> tiles;
-    for (long i = pair; i < std::min(pair + 2, grid.count()); ++i) tiles.emplace_back(grid, i);
+    std::vector<Tile> tiles = tiles_of(grid, pair);
     for (long d = 0; d < N; ++d) {
         Complex* plane = buffer + d * STRIDE * VECTORS;
         bool seen = false;
@@ -202,17 +209,17 @@ void backwards(Complex* plane, Stored<T>* fields) {
                         });
 }
 
-// Back along W: the lines of a pair at (d, h) in its tiles, fields[N], FIELD apart -> LANES channels of y.
+// Back along W: the lines of one or two tiles at (d, h) in them, fields[N], FIELD apart -> LANES channels of y.
 template <class T>
-void finish(const Grid& grid, const Stored<T>* fields, long pair, long d, long h, T* y) {
+void finish(const Grid& grid, const Stored<T>* fields, const std::vector<Tile>& tiles, long d, long h, T* y) {
     Complex line[OUT];
     transform<true>([&](int n) { return Complex{load(fields[n * FIELD].re), load(fields[n * FIELD].im)}; },
                     [&](int k, Complex x) { if (kept(k)) line[k - BEFORE] = x; });
-    for (long i = 0; i < 2 && pair + i < grid.count(); ++i) {
-        Tile tile(grid, pair + i);
+    for (size_t i = 0; i < tiles.size(); ++i) {
+        const Tile& tile = tiles[i];
         long gd = tile.first[0] + d, gh = tile.first[1] + h, gw = tile.first[2];
         if (gd >= grid.size[0] || gh >= grid.size[1]) continue;
-        long place = ((tile.batch * grid.size[0] + gd) * grid.size[1] + gh) * grid.size[2] + gw;
+        long place = ((tile.sample * grid.size[0] + gd) * grid.size[1] + gh) * grid.size[2] + gw;
         for (long w = 0; w < std::min<long>(OUT, grid.size[2] - gw); ++w)
             store(y + (place + w) * grid.channels, i ? line[w].im : line[w].re);
     }
@@ -227,10 +234,10 @@ void convolve(const Grid& grid, const float* volume, const float* weights, T* y,
     #pragma omp parallel num_threads(threads)
     {
         std::vector<Complex> buffer(N * STRIDE * SLOTS / LANES);
-        for (long start = 0; start < grid.count(); start += 2 * pairs) {
+        for (long start = 0; start < grid.pairs(); start += pairs) {
             #pragma omp for schedule(dynamic)
             for (long pair = 0; pair < pairs; ++pair)
-                forwards(grid, volume, start + 2 * pair, buffer.data(), &spectra[pair * 2 * SLOTS], pairs);
+                forwards(grid, volume, start + pair, buffer.data(), &spectra[pair * 2 * SLOTS], pairs);
             for (long c = 0; c < grid.channels; c += LANES) {
                 #pragma omp for schedule(dynamic)
                 for (long fw = 0; fw < HALF; ++fw)
@@ -244,9 +251,12 @@ void convolve(const Grid& grid, const float* volume, const float* weights, T* y,
                                 backwards(&buffer[j * PLANE], &fields[((pair + j) * N + at) * FIELD]);
                         }
                 #pragma omp for schedule(static)
-                for (long i = 0; i < pairs * OUT * OUT; ++i)
-                    finish(grid, &fields[i / (OUT * OUT) * N * FIELD + i % (OUT * OUT)], start + i / (OUT * OUT) * 2,
-                           i / OUT % OUT, i % OUT, y + c);
+                for (long i = 0; i < pairs * OUT; ++i) {
+                    long pair = i / OUT, d = i % OUT;
+                    std::vector<Tile> tiles = tiles_of(grid, start + pair);
+                    for (long h = 0; h < OUT; ++h)
+                        finish(grid, &fields[pair * N * FIELD + d * OUT + h], tiles, d, h, y + c);
+                }
             }
         }
     }

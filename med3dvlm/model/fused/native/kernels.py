@@ -74,7 +74,7 @@ def lanes() -> int:
 def fourier(volume: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """The stem without the corrections of `fused.fourier.Face`: [B, 1, D, H, W] float32 -> [B, D', H', W', C]."""
     sizes = (len(volume), *volume.shape[2:], weights.shape[0] * weights.shape[-1])
-    y = torch.empty(len(volume), *((n + 3) // 4 for n in volume.shape[2:]), sizes[-1], dtype=dtype)
+    y = volume.new_empty(len(volume), *((n + 3) // 4 for n in volume.shape[2:]), sizes[-1], dtype=dtype)
     _call("fourier_convolve", y, volume, weights, y, *sizes)
     return y
 
@@ -173,8 +173,9 @@ def panels(weight: Tensor) -> Tensor:
 
     In bfloat16 [N / 64, K / 2, 64]: 32 bits hold two neighbours along K.
     """
-    factors = weight.contiguous().view(torch.int32) if weight.dtype == torch.bfloat16 else weight
-    return F.pad(factors.T, (0, -len(weight) % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
+    if weight.dtype == torch.bfloat16:
+        weight = weight.clone(memory_format=torch.contiguous_format).view(torch.int32)  # a copy begins at whole 32 bits
+    return F.pad(weight.T, (0, -len(weight) % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
 
 
 def feed_forward(
