@@ -22,7 +22,7 @@ from med3dvlm.model.fused import stem
 from med3dvlm.model.fused.axes import AXES, kernels_of
 from med3dvlm.model.fused.native import kernels as native
 
-PHASES, LENGTH = 11, 24  # of the transforms
+PHASES, LENGTH = 11, 24  # of the transforms; these and the next two as in native/fourier.cpp
 TILE, PAIRS = 16, 4  # places along an axis that one transform gives; pairs of tiles that are worked on together
 PLACES = ("d", "h", "w")  # the order of a tensor's axes
 
@@ -112,6 +112,7 @@ def response(first: Tensor, layers: list[tuple[dict[str, Tensor], Tensor]], plan
 
 
 def float64(kernels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Kernels per axis in float64."""
     return {axis: kernel.double() for axis, kernel in kernels.items()}
 
 
@@ -156,7 +157,7 @@ def spread(kernel: Tensor, kernels: dict[str, Tensor]) -> Tensor:
 
 def spectra(kernel: Tensor) -> Tensor:
     """A kernel [8, 8, 8, C, K], of places -4 to 3 -> what `native.fourier` takes, float32."""
-    places = -torch.arange(-4, 4) % LENGTH
+    places = -torch.arange(-4, 4, device=kernel.device) % LENGTH
     d, h, w = torch.meshgrid(places, places, places, indexing="ij")
     channels = kernel.shape[3]
     circle = kernel.new_zeros(channels, PHASES, LENGTH, LENGTH, LENGTH)

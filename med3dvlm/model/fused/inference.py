@@ -20,7 +20,7 @@ from med3dvlm.model.fused.native import kernels as native
 
 
 class FoldedBlock:
-    """x + contract(gelu(expand(decomposed_convolution(x)))), the layer scale folded into `contract`."""
+    """x + scale * contract(gelu(expand(decomposed_convolution(x))))."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         self.pool = pooling(block, dtype)

@@ -1,4 +1,6 @@
 // Corrections of the outermost planes of the stem's grid: `med3dvlm.model.fused.fourier.Face`.
+#include <memory>
+
 #include "arithmetic.h"
 
 namespace {
@@ -17,7 +19,7 @@ struct Side {
     }
     long rows() const { return places[row_axis]; }
     long columns() const { return places[column_axis]; }
-    long row_length() const { return (columns() + 2 * MARGIN) * SEEN * COLUMNS; }  // of what `read` writes
+    long row_length() const { return (columns() + 2 * MARGIN) * SEEN * COLUMNS; }  // of what `read_row` writes
     long length() const { return (rows() + 2 * MARGIN) * row_length(); }
 
     // g = a place in the plane-th plane, counted from outside
@@ -87,7 +89,7 @@ void add(const Side& side, long plane, const float* source, const std::vector<Ru
 template <class T>
 void correct(const Side& side, const float* volume, const long* where, const long* counts, long planes,
              const float* weights, T* y, long n, int threads) {
-    std::vector<float> source(side.batch * side.length());
+    std::unique_ptr<float[]> source(new float[side.batch * side.length()]);
     std::vector<std::vector<Run>> runs(planes);
     for (long plane = 0; plane < planes; ++plane)
         for (long i = 0; i < counts[plane]; ++i, where += 4) {
@@ -104,7 +106,7 @@ void correct(const Side& side, const float* volume, const long* where, const lon
             read_row(side, volume + i / rows * voxels, i % rows - MARGIN, &source[i * side.row_length()]);
         const float* of_plane = weights;
         for (long plane = 0; plane < std::min(planes, side.places[side.axis]); ++plane) {
-            add(side, plane, source.data(), runs[plane], counts[plane], of_plane, y, n);
+            add(side, plane, source.get(), runs[plane], counts[plane], of_plane, y, n);
             of_plane += counts[plane] * n;
         }
     }

@@ -14,7 +14,7 @@ constexpr int N = 24, OUT = 16, BEFORE = 4;      // places of a transform, of th
 constexpr int PHASES = 11, SLOTS = 16, VECTORS = SLOTS / LANES;  // of them unused: five slots
 constexpr int HALF = N / 2 + 1;                  // planes of weights; the others are their mirror images
 constexpr int PLANE = N * N, STRIDE = PLANE + 1;  // one more, so that neighbours along D do not share cache lines
-constexpr int FIELD = OUT * OUT + 1;
+constexpr int FIELD = OUT * OUT + 1;             // places (D, H) of a tile, and one more for the same reason
 constexpr int TOGETHER = 4;                      // pairs of tiles that meet each weight in registers
 
 struct alignas(4 * LANES) Complex {
@@ -227,7 +227,8 @@ void finish(const Grid& grid, const Stored<T>* fields, const std::vector<Tile>& 
 
 template <class T>
 void convolve(const Grid& grid, const float* volume, const float* weights, T* y, int threads) {
-    long pairs = round_up(threads, TOGETHER);  // that are worked on while they lie in the third-level cache
+    // Those that are worked on while they lie in the third-level cache.
+    long pairs = round_up(std::min<long>(threads, grid.pairs()), TOGETHER);
     std::unique_ptr<Complex[]> memory(new Complex[N * PLANE * pairs * SLOTS / LANES]);
     std::unique_ptr<Stored<T>[]> fields(new Stored<T>[pairs * N * FIELD]);
     float* spectra = (float*)memory.get();
