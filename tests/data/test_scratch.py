@@ -121,9 +121,13 @@ def test_the_memory_of_a_large_volume_is_bounded(tmp_path):
         "nifti.LIMIT = scratch.LIMIT = 8 << 20; scratch.PART = 1 << 20\n"
         "import numpy as np; preprocess.preprocess(np.eye(9, dtype=np.float32)[None] * np.ones((9, 1, 1)))\n"
     )
-    run = (
-        "for name in ('axial', 'sagittal'):\n"
-        "    flags = ['--output_dir', f'{sys.argv[1]}/out_{name}', '--size', '16', '32', '32', '--num_workers', '1']\n"
-        "    assert prepare.main(['--input_dir', f'{sys.argv[1]}/{name}', *flags]) == 0\n"
-    )
-    assert growth(setup, run, tmp_path) < 4 * volume.size * 0.6
+    growths = []
+    for attempt in range(2):  # mapped pages count for as long as the kernel leaves them: 0.12 to 0.14, but once 0.605
+        run = (
+            "for name in ('axial', 'sagittal'):\n"
+            f"    flags = ['--output_dir', f'{{sys.argv[1]}}/out_{{name}}_{attempt}', '--size', '16', '32', '32']\n"
+            "    flags += ['--num_workers', '1', '--input_dir', f'{sys.argv[1]}/{name}']\n"
+            "    assert prepare.main(flags) == 0\n"
+        )
+        growths.append(growth(setup, run, tmp_path))
+    assert min(growths) < 4 * volume.size * 0.6  # without limits 0.69 and more
