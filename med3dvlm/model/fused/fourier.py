@@ -47,14 +47,13 @@ class FourierStem:
     def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
         first = stem.first_layer(stem.tap_rows(layers[0]), stem.running_affine(layers[0]))  # [C, 20]
         folded = [stem.normalised(float64(kernels_of(layer)), stem.running_affine(layer)) for layer in layers[1:]]
-        self.dtype = dtype
-        self.weights = spectra(compose(place_phases(first), folded))
+        self.weights = spectra(compose(place_phases(first), folded)).to(dtype)
         self.faces = [Face(axis, high, first, folded) for axis in PLACES for high in (False, True)]
 
     def __call__(self, volume: Tensor) -> Tensor:
         """[B, 1, D, H, W] -> [B, D', H', W', C]."""
         volume = volume.float().contiguous()
-        y = native.fourier(volume, self.weights, self.dtype)
+        y = native.fourier(volume, self.weights)
         for face in self.faces:
             face.correct(y, volume)
         return y

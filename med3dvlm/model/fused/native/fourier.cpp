@@ -15,6 +15,7 @@ constexpr int PHASES = 11, SLOTS = 16, VECTORS = SLOTS / LANES;  // of them unus
 constexpr int HALF = N / 2 + 1;                  // planes of weights; the others are their mirror images
 constexpr int PLANE = N * N, STRIDE = PLANE + 1;  // one more, so that neighbours along D do not share cache lines
 constexpr int FIELD = OUT * OUT + 1;             // places (D, H) of a tile, and one more for the same reason
+constexpr int AHEAD = 12 * PHASES * 2 * LANES;   // how far weights are fetched before they are needed
 constexpr int TOGETHER = 4;                      // pairs of tiles that meet each weight in registers
 
 struct alignas(4 * LANES) Complex {
@@ -162,31 +163,49 @@ void forwards(const Grid& grid, const float* volume, long pair, Complex* buffer,
     }
 }
 
-// The product of spectra with weights [PLANE, PHASES, 2, LANES] of one frequency along W and LANES channels, for
-// TOGETHER pairs: buffer[TOGETHER, PLANE]. `mirrored`: the frequency is the negative of that of the weights.
-void multiply(const float* spectra, long pairs, const float* weights, bool mirrored, Complex* buffer) {
-    for (long f = 0; f < PLANE; ++f) {
-        long from = mirrored ? (N - f / N) % N * N + (N - f % N) % N : f;
-        const float *weight = weights + from * PHASES * 2 * LANES, *x = spectra + f * pairs * 2 * SLOTS;
-        Complex sums[TOGETHER] = {};
+inline bool kept(int k) { return BEFORE <= k && k < BEFORE + OUT; }
+
+// Products of one line of spectra with weights [N, PHASES, 2, LANES], for TOGETHER pairs and LANES channels, and back
+// along D: planes[.., OUT, N] of places (D) and frequencies (H), a plane a pair. `x` are the spectra at the weights'
+// frequencies and, of BOTH, `mirror` those at the negative ones, where the weights are the conjugate: planes + TOGETHER.
+template <bool BOTH, class W>
+void multiply_line(const float* x, const float* mirror, long pairs, const W* weight, long h, Complex* planes) {
+    Complex line[2][TOGETHER][N];
+    for (long d = 0; d < N; ++d) {
+        const float *here = x + d * pairs * 2 * SLOTS, *there = mirror + (N - d) % N * pairs * 2 * SLOTS;
+        Complex sums[TOGETHER] = {}, others[TOGETHER] = {};
         for (long k = 0; k < PHASES; ++k, weight += 2 * LANES) {
-            lanes re = *(const lanes*)weight, im = *(const lanes*)(weight + LANES);
-            if (mirrored) im = -im;
+            __builtin_prefetch(weight + AHEAD);
+            __builtin_prefetch(weight + AHEAD + LANES);
+            lanes re = load(weight), im = load(weight + LANES);
             #pragma GCC unroll 8
             for (int i = 0; i < TOGETHER; ++i) {
-                float left = x[i * 2 * SLOTS + k], right = x[(i * 2 + 1) * SLOTS + k];
+                float left = here[i * 2 * SLOTS + k], right = here[(i * 2 + 1) * SLOTS + k];
                 sums[i].re += left * re;
                 sums[i].im += left * im;
                 sums[i].re -= right * im;
                 sums[i].im += right * re;
+                if (!BOTH) continue;
+                left = there[i * 2 * SLOTS + k], right = there[(i * 2 + 1) * SLOTS + k];
+                others[i].re += left * re;
+                others[i].im -= left * im;
+                others[i].re += right * im;
+                others[i].im += right * re;
             }
         }
         #pragma GCC unroll 8
-        for (int i = 0; i < TOGETHER; ++i) buffer[i * PLANE + f] = sums[i];
+        for (int i = 0; i < TOGETHER; ++i) {
+            line[0][i][d] = sums[i];
+            if (BOTH) line[1][i][(N - d) % N] = others[i];
+        }
     }
+    for (int side = 0; side < 1 + BOTH; ++side)
+        for (int i = 0; i < TOGETHER; ++i) {
+            Complex* to = planes + (side * TOGETHER + i) * OUT * N + (side ? (N - h) % N : h);
+            transform<true>([&](int n) { return line[side][i][n]; },
+                            [&](int k, Complex y) { if (kept(k)) to[(k - BEFORE) * N] = y; });
+        }
 }
-
-inline bool kept(int k) { return BEFORE <= k && k < BEFORE + OUT; }
 
 // Complex numbers in the result's type: those that a thread leaves to others are many.
 template <class T>
@@ -194,19 +213,32 @@ struct alignas(sizeof(T) * LANES) Stored {
     T re[LANES], im[LANES];
 };
 
-// Back along D and H: one pair's plane [N, N] of frequencies (H, D) -> fields[OUT, OUT] of places (D, H), those kept.
+// Back along H: one pair's plane [OUT, N] -> fields[OUT, OUT] of places (D, H), those kept.
 template <class T>
-void backwards(Complex* plane, Stored<T>* fields) {
-    for (Complex* line = plane; line < plane + PLANE; line += N)
-        transform<true>([&](int n) { return line[n]; }, [&](int k, Complex x) { if (kept(k)) line[k] = x; });
+void backwards(const Complex* plane, Stored<T>* fields) {
     for (long d = 0; d < OUT; ++d)
-        transform<true>([&](int n) { return plane[n * N + d + BEFORE]; },
+        transform<true>([&](int n) { return plane[d * N + n]; },
                         [&](int k, Complex x) {
                             if (!kept(k)) return;
                             Stored<T>& to = fields[d * OUT + k - BEFORE];
                             store(to.re, x.re);
                             store(to.im, x.im);
                         });
+}
+
+// One plane of weights [N, N, PHASES, 2, LANES] and, of BOTH, its mirror image, for TOGETHER pairs from `pair` on:
+// spectra [N, PLANE, pairs, 2, SLOTS] -> fields [pairs, N, FIELD].
+template <bool BOTH, class T>
+void multiply_plane(const float* spectra, long pairs, const T* weights, long fw, long pair, Complex* planes,
+                    Stored<T>* fields) {
+    for (long h = 0; h < N; ++h)
+        multiply_line<BOTH>(spectra + ((fw * N + h) * N * pairs + pair) * 2 * SLOTS,
+                            spectra + (((N - fw) % N * N + (N - h) % N) * N * pairs + pair) * 2 * SLOTS, pairs,
+                            weights + h * N * PHASES * 2 * LANES, h, planes);
+    for (long i = 0; i < TOGETHER; ++i) {
+        backwards(planes + i * OUT * N, fields + ((pair + i) * N + fw) * FIELD);
+        if (BOTH) backwards(planes + (TOGETHER + i) * OUT * N, fields + ((pair + i) * N + N - fw) * FIELD);
+    }
 }
 
 // Back along W: the lines of one or two tiles at (d, h) in them, fields[N], FIELD apart -> LANES channels of y.
@@ -226,7 +258,7 @@ void finish(const Grid& grid, const Stored<T>* fields, const std::vector<Tile>& 
 }
 
 template <class T>
-void convolve(const Grid& grid, const float* volume, const float* weights, T* y, int threads) {
+void convolve(const Grid& grid, const float* volume, const T* weights, T* y, int threads) {
     // Those that are worked on while they lie in the third-level cache.
     long pairs = round_up(std::min<long>(threads, grid.pairs()), TOGETHER);
     std::unique_ptr<Complex[]> memory(new Complex[N * PLANE * pairs * SLOTS / LANES]);
@@ -242,15 +274,12 @@ void convolve(const Grid& grid, const float* volume, const float* weights, T* y,
             for (long c = 0; c < grid.channels; c += LANES) {
                 #pragma omp for schedule(dynamic)
                 for (long fw = 0; fw < HALF; ++fw)
-                    for (long pair = 0; pair < pairs; pair += TOGETHER)
-                        for (bool mirrored : {false, true}) {
-                            long at = mirrored ? N - fw : fw;
-                            if (mirrored && fw % (N / 2) == 0) continue;  // its own mirror image
-                            multiply(&spectra[(at * PLANE * pairs + pair) * 2 * SLOTS], pairs,
-                                     weights + (c * HALF + fw * LANES) * PLANE * PHASES * 2, mirrored, buffer.data());
-                            for (long j = 0; j < TOGETHER; ++j)
-                                backwards(&buffer[j * PLANE], &fields[((pair + j) * N + at) * FIELD]);
-                        }
+                    for (long pair = 0; pair < pairs; pair += TOGETHER) {
+                        const T* plane = weights + (c * HALF + fw * LANES) * PLANE * PHASES * 2;
+                        if (fw % (N / 2) == 0)  // its own mirror image
+                            multiply_plane<false>(spectra, pairs, plane, fw, pair, buffer.data(), fields.get());
+                        else multiply_plane<true>(spectra, pairs, plane, fw, pair, buffer.data(), fields.get());
+                    }
                 #pragma omp for schedule(static)
                 for (long i = 0; i < pairs * OUT; ++i) {
                     long pair = i / OUT, d = i % OUT;
@@ -268,11 +297,11 @@ void convolve(const Grid& grid, const float* volume, const float* weights, T* y,
 extern "C" {
 
 // volume [batch, depth, height, width] -> y [batch, (depth + 3) / 4, .., .., channels], without the corrections at the
-// grid's borders. weights [channels / LANES, HALF, N, N, PHASES, 2, LANES], frequencies in order W, H, D.
-void fourier_convolve(bool half, const float* volume, const float* weights, void* y, long batch, long depth,
+// grid's borders. weights [channels / LANES, HALF, N, N, PHASES, 2, LANES] in y's type, frequencies in order W, H, D.
+void fourier_convolve(bool half, const float* volume, const void* weights, void* y, long batch, long depth,
                       long height, long width, long channels, long threads) {
     with_storage(half, [&](auto storage) {
-        convolve(Grid(batch, depth, height, width, channels), volume, weights, (decltype(storage)*)y, threads);
+        convolve(Grid(batch, depth, height, width, channels), volume, (const decltype(storage)*)weights, (decltype(storage)*)y, threads);
     });
 }
 

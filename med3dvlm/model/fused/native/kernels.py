@@ -71,10 +71,10 @@ def lanes() -> int:
     return build.library().fourier_lanes()
 
 
-def fourier(volume: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def fourier(volume: Tensor, weights: Tensor) -> Tensor:
     """The stem without the corrections of `fused.fourier.Face`: [B, 1, D, H, W] float32 -> [B, D', H', W', C]."""
     sizes = (len(volume), *volume.shape[2:], weights.shape[0] * weights.shape[-1])
-    y = volume.new_empty(len(volume), *((n + 3) // 4 for n in volume.shape[2:]), sizes[-1], dtype=dtype)
+    y = volume.new_empty(len(volume), *((n + 3) // 4 for n in volume.shape[2:]), sizes[-1], dtype=weights.dtype)
     _call("fourier_convolve", y, volume, weights, y, *sizes)
     return y
 
