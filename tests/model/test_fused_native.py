@@ -67,6 +67,20 @@ def test_a_convolution_and_its_gradient(dtype, sizes, shape, axis):
 
 
 @needs_kernels
+@pytest.mark.parametrize("axis", ["h", "w", "d"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 2, 70)])
+@pytest.mark.parametrize("channels, second", [(20, 32), (32, 16)])
+def test_a_convolution_without_winograds_rounding(channels, second, shape, axis):
+    kernel, x = torch.randn(second, channels, 3), torch.randn(*shape, channels)
+    sums, y = torch.zeros(2, second, dtype=torch.float64), expected(x, kernel, axis)
+    found = kernels.convolve_exactly(x, kernel, axis, sums)
+    assert relative_deviation(found.double(), y) < 5e-7
+    places = (0, 1, 2, 3)
+    assert ((sums[0] - y.sum(places)).abs() <= 3e-6 * y.abs().sum(places)).all()
+    torch.testing.assert_close(sums[1], y.square().sum(places), rtol=1e-5, atol=0)
+
+
+@needs_kernels
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 70, 2)])
 @pytest.mark.parametrize("length", kernels.LENGTHS)
 @pytest.mark.parametrize("channels", [16, 48])

@@ -97,24 +97,20 @@ class Branches:
 
 
 class NativeBranches(Branches):
-    """The same by the C++ kernels: dense kernels of length 3 and depth-wise ones, float32 or bfloat16.
-
-    The forward pass of dense float32 kernels stays with oneDNN: Winograd's rounding is half as large again as that of
-    the plain code, which is harmless in a gradient but decides more near ties of max pooling the other way.
-    """
+    """The same by the C++ kernels: dense kernels of length 3 and depth-wise ones, float32 or bfloat16."""
 
     def convolve(self, x: Tensor) -> dict[str, Tensor]:
-        if self._exact(x):
-            return super().convolve(x)
         return {axis: native.convolve(x, native.prepare(self.kernels[axis]), axis) for axis in AXES}
 
     def measure(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        if self._exact(x):
-            return super().measure(x)
-        channels, count = len(self.kernels["h"]), x[..., 0].numel()
-        sums = torch.zeros(len(AXES), 2, channels, dtype=torch.float64)
-        weights = {axis: native.prepare(kernel) for axis, kernel in self.kernels.items()}
-        z = {axis: native.convolve(x, weights[axis], axis, sums=sums[i]) for i, axis in enumerate(AXES)}
+        count = x[..., 0].numel()
+        sums = torch.zeros(len(AXES), 2, len(self.kernels["h"]), dtype=torch.float64)
+        z = {}
+        for i, (axis, kernel) in enumerate(self.kernels.items()):
+            if self.groups == 1 and x.dtype == torch.float32:
+                z[axis] = native.convolve_exactly(x, kernel, axis, sums[i])
+            else:
+                z[axis] = native.convolve(x, native.prepare(kernel), axis, sums=sums[i])
         mean, square = (sums / count).unbind(1)  # [3, C']
         dtype = self.weights["h"].dtype
         return z, mean.to(dtype), (square - mean.square()).clamp(min=0).to(dtype)
@@ -144,9 +140,6 @@ class NativeBranches(Branches):
             dx = native.convolve(gradient, back, axis, add_to=dx, combined=combined)
         no_effect = [torch.zeros_like(bias) for bias in self.biases.values()]
         return dx, [*d_kernels, *no_effect, *d_weights.to(dtype), *[total.to(dtype)] * len(AXES)]
-
-    def _exact(self, x: Tensor) -> bool:
-        return self.groups == 1 and x.dtype == torch.float32
 
     def _stacked(self, of_axes: dict[str, Tensor]) -> Tensor:
         return torch.stack([of_axes[axis] for axis in AXES])

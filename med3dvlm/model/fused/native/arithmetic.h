@@ -57,6 +57,15 @@ inline void store(bfloat16* to, lanes x) {
 #endif
 }
 
+// The first `count` channels, zeros behind them.
+template <class T>
+inline lanes load_some(const T* x, long count) {
+    if (count >= LANES) return load(x);
+    lanes some{};
+    for (long c = 0; c < count; ++c) some[c] = get(x[c]);
+    return some;
+}
+
 // to[n] = row, or += row
 template <class T>
 inline void put_row(const float* row, long n, T* to, bool add) {
@@ -152,14 +161,18 @@ public:
     explicit Sums(long channels) : channels(channels), part(3 * channels), total(2 * channels) {}
 
     void see(const float* row) {
-        float *first = part.data(), *sum = first + channels, *square = sum + channels;
-        if (count++ == 0) std::copy_n(row, channels, first);
-        #pragma omp simd
-        for (long c = 0; c < channels; ++c) {
-            float away = row[c] - first[c];
-            sum[c] += away;
-            square[c] += away * away;
-        }
+        bool first = count == 0;
+        for (long c = 0; c < channels; c += LANES) see(c, load(row + c), first);
+    }
+
+    // LANES channels of one place, from c on.
+    void see(long c, lanes x, bool first_of_block) {
+        float *first = &part[c], *sum = first + channels, *square = sum + channels;
+        if (first_of_block) store(first, x);
+        lanes away = x - load(first);
+        store(sum, load(sum) + away);
+        store(square, load(square) + away * away);
+        count += c == 0;
     }
 
     void end_block() {

@@ -15,9 +15,10 @@ from med3dvlm.model.fused.native import build
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
 _AVX2, _AMX = torch.cpu._is_avx2_supported(), torch.cpu._is_amx_tile_supported()
-# G of Winograd's F(4, 3): the six weights that stand for three taps.
-_TIMES_24 = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
-SPREAD = torch.tensor(_TIMES_24, dtype=torch.float64) / 24
+# G of Winograd's F(4, 3), six weights for three taps, from the points of winograd.cpp: each with the product of its
+# distances from the others. The sixth is infinity.
+_POINTS = {0: 1, 2 / 3: -130 / 81, -2 / 3: -130 / 81, 3 / 2: 65 / 8, -3 / 2: 65 / 8}
+SPREAD = torch.tensor([[p**k / f for k in range(3)] for p, f in _POINTS.items()] + [[0, 0, 1]], dtype=torch.float64)
 
 
 def take(dtype: torch.dtype, kernel: Tensor, groups: int) -> bool:
@@ -63,6 +64,14 @@ def convolve(
         _call("depthwise_convolve", x, x, *rest, len(weights))
     else:
         _call("winograd_convolve", x, x, *(combined or (None, None)), *rest, weights.shape[-1])
+    return y
+
+
+def convolve_exactly(x: Tensor, kernel: Tensor, axis: str, sums: Tensor) -> Tensor:
+    """`convolve` in float32 without Winograd's rounding, with a dense kernel [C', C, 3] as it is."""
+    y = x.new_empty(*x.shape[:-1], len(kernel))
+    weights = kernel.permute(2, 1, 0).contiguous()  # [3, C, C']
+    _call("dense_convolve", x, x, weights, y, sums, *lines(x, axis), x.shape[-1], len(kernel))
     return y
 
 
