@@ -260,9 +260,9 @@ void finish(const Grid& grid, const Stored<T>* fields, const std::vector<Tile>& 
 template <class T>
 void convolve(const Grid& grid, const float* volume, const T* weights, T* y, int threads) {
     // Those that are worked on while they lie in the third-level cache.
-    long pairs = round_up(std::min<long>(threads, grid.pairs()), TOGETHER);
+    long pairs = round_up(std::min<long>(threads, grid.pairs()), TOGETHER), parts = grid.channels / LANES;
     std::unique_ptr<Complex[]> memory(new Complex[N * PLANE * pairs * SLOTS / LANES]);
-    std::unique_ptr<Stored<T>[]> fields(new Stored<T>[pairs * N * FIELD]);
+    std::unique_ptr<Stored<T>[]> fields(new Stored<T>[parts * pairs * N * FIELD]);
     float* spectra = (float*)memory.get();
     #pragma omp parallel num_threads(threads)
     {
@@ -271,22 +271,25 @@ void convolve(const Grid& grid, const float* volume, const T* weights, T* y, int
             #pragma omp for schedule(dynamic)
             for (long pair = 0; pair < pairs; ++pair)
                 forwards(grid, volume, start + pair, buffer.data(), &spectra[pair * 2 * SLOTS], pairs);
-            for (long c = 0; c < grid.channels; c += LANES) {
-                #pragma omp for schedule(dynamic)
-                for (long fw = 0; fw < HALF; ++fw)
-                    for (long pair = 0; pair < pairs; pair += TOGETHER) {
-                        const T* plane = weights + (c * HALF + fw * LANES) * PLANE * PHASES * 2;
-                        if (fw % (N / 2) == 0)  // its own mirror image
-                            multiply_plane<false>(spectra, pairs, plane, fw, pair, buffer.data(), fields.get());
-                        else multiply_plane<true>(spectra, pairs, plane, fw, pair, buffer.data(), fields.get());
-                    }
-                #pragma omp for schedule(static)
-                for (long i = 0; i < pairs * OUT; ++i) {
-                    long pair = i / OUT, d = i % OUT;
-                    std::vector<Tile> tiles = tiles_of(grid, start + pair);
-                    for (long h = 0; h < OUT; ++h)
-                        finish(grid, &fields[pair * N * FIELD + d * OUT + h], tiles, d, h, y + c);
+            #pragma omp for schedule(dynamic)
+            for (long i = 0; i < HALF * parts; ++i) {
+                long fw = i / parts, part = i % parts;
+                const T* plane = weights + (part * HALF + fw) * PLANE * PHASES * 2 * LANES;
+                Stored<T>* to = &fields[part * pairs * N * FIELD];
+                for (long pair = 0; pair < pairs; pair += TOGETHER) {
+                    if (fw % (N / 2) == 0)  // its own mirror image
+                        multiply_plane<false>(spectra, pairs, plane, fw, pair, buffer.data(), to);
+                    else multiply_plane<true>(spectra, pairs, plane, fw, pair, buffer.data(), to);
                 }
+            }
+            #pragma omp for schedule(static)
+            for (long i = 0; i < pairs * OUT; ++i) {
+                long pair = i / OUT, d = i % OUT;
+                std::vector<Tile> tiles = tiles_of(grid, start + pair);
+                for (long h = 0; h < OUT; ++h)
+                    for (long part = 0; part < parts; ++part)
+                        finish(grid, &fields[(part * pairs + pair) * N * FIELD + d * OUT + h], tiles, d, h,
+                               y + part * LANES);
             }
         }
     }
