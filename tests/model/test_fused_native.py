@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from med3dvlm.model.dcformer import DCFormer
-from med3dvlm.model.fused import branches
+from med3dvlm.model.fused import branches, feed_forward
 from med3dvlm.model.fused.axes import AXES, as_2d, images
 from med3dvlm.model.fused.native import build, kernels
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
@@ -165,6 +165,19 @@ def test_the_gradients_of_the_feed_forward_part(dtype, places, channels, wide, t
     with on_threads(threads):
         found = kernels.feed_forward_gradients(dy, y, before, expand, contract, scale)
     assert all(map(near, found, gradients))
+
+
+@needs_kernels
+def test_a_linear_layer_and_its_gradients_keep_the_dtype(dtype):
+    x, weight, dy = torch.randn(2, 3, 4, 5, 20).to(dtype), torch.randn(24, 20), torch.randn(2, 3, 4, 5, 24).to(dtype)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.to(dtype).double().requires_grad_()
+    reference = F.linear(exact_x, exact_weight)
+    gradients = torch.autograd.grad(reference, (exact_x, exact_weight), dy.double())
+    layer = feed_forward.pointwise(weight, None, dtype)
+    found = [feed_forward.linear(x, weight.to(dtype)), layer(x.flatten(1, 2)).view(dy.shape)]
+    found += feed_forward.linear_gradients(dy, x, weight.to(dtype))
+    assert all(tensor.dtype == dtype for tensor in found)
+    assert all(near(*pair, dtype) for pair in zip(found, (reference, reference, *gradients), strict=True))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The feed-forward part of a block with its residual connection: x + scale * contract(gelu(expand(y))).
 
-By the C++ kernels where they are to be had, otherwise by oneDNN (inference) or torch (training). Where the processor does
-not multiply bfloat16, products are made in float32, and bfloat16 is how tensors are kept.
+By the C++ kernels where they are to be had, otherwise by oneDNN (inference) or torch (training). Where the processor
+does not multiply bfloat16, products are made in float32, and bfloat16 is how tensors are kept.
 """
 
 from __future__ import annotations

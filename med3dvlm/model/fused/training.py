@@ -17,7 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from med3dvlm.model.fused import feed_forward, moments, stem
 from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions

@@ -33,14 +33,12 @@ inline lanes density(lanes x) {
     return 0.39894228f * part * (lanes)((__builtin_convertvector(whole, integers) + 127) << 23);
 }
 
-// Part of what threads share.
+// The part of n things that one of several threads takes, in whole units.
 struct Share {
     long index, number;
-    long first(long n) const { return n * index / number; }
-    long last(long n) const { return n * (index + 1) / number; }
+    long first(long n, long unit = 1) const { return std::min(n, (n + unit - 1) / unit * index / number * unit); }
+    long last(long n, long unit = 1) const { return Share{index + 1, number}.first(n, unit); }
 };
-
-inline long panels(long columns) { return (columns + PANEL - 1) / PANEL; }
 
 // What rows of T are multiplied as: where no instruction multiplies bfloat16, as floats.
 #ifdef __AVX512BF16__
@@ -97,7 +95,7 @@ void forward(const R* x, const T* y, const Panels<Factor<T>>& expand, const floa
         for (long start = of_places.first(places); start < of_places.last(places); start += ROWS) {
             long count = std::min(ROWS, of_places.last(places) - start);
             const Factor<T>* left = factors(y + start * n, count * n, buffer);
-            long first = of_inner.first(panels(wide)) * PANEL, last = std::min(of_inner.last(panels(wide)) * PANEL, wide);
+            long first = of_inner.first(wide, PANEL), last = of_inner.last(wide, PANEL);
             if (first == last) std::fill_n(to, count * n, 0.f);
             for (long j = first; j < last; j += CHUNK) {
                 long chunk = std::min(CHUNK, last - j);
@@ -196,7 +194,7 @@ struct Gradients {
 
 extern "C" {
 
-// How this processor multiplies bfloat16: as floats only (0), in the pairs of `product` (1), or as oneDNN alone does (2).
+// How bfloat16 is multiplied on this processor: as floats (0), in pairs by `product` (1), or by oneDNN alone (2).
 long bfloat16_products() {
 #if defined(__AVX512BF16__)
     return 1;
@@ -240,7 +238,7 @@ void feed_forward_gradients(bool half, const float* dy, const void* y, const voi
             Gradients<T> of{dy, (const T*)y, (const T*)inner, expand, contract, scale, d_y + j * places * n,
                             d_expand + p * wide * n, d_bias + p * wide, d_contract + p * n * wide, d_scale + i * n, n,
                             wide};
-            long first = of_inner.first(panels(wide)) * PANEL, last = std::min(of_inner.last(panels(wide)) * PANEL, wide);
+            long first = of_inner.first(wide, PANEL), last = of_inner.last(wide, PANEL);
             for (j = first; j < last; j += of.chunk)
                 of.take(of_places.first(places), of_places.last(places), j, std::min(j + of.chunk, last), j == first);
         }

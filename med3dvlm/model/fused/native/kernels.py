@@ -239,7 +239,7 @@ def feed_forward_gradients(
 
 
 def _by_places(places: int, channels: int, wide: int) -> bool:
-    """Whether threads share the places of a feed-forward part; where they are fewer than weights, its inner channels."""
+    """Whether threads share the places of a feed-forward part, or where these are few its inner channels."""
     return places > 2 * wide
 
 
