@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from med3dvlm.model.dcformer import DCFormer
-from med3dvlm.model.fused import branches
+from med3dvlm.model.fused import branches, feed_forward
 from med3dvlm.model.fused.axes import AXES, as_2d, images
 from med3dvlm.model.fused.native import build, kernels
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
@@ -133,53 +134,80 @@ def test_sums_over_places_keep_their_digits(dtype):
                                rtol=1e-4, atol=1e-3)  # fmt: skip
 
 
-@needs_kernels
-@pytest.mark.parametrize("places, channels, wide", [(7, 16, 32), (300, 96, 384), (133, 48, 144), (5, 80, 336)])
-def test_the_feed_forward_part_and_its_gradients(places, channels, wide):
-    x, y = torch.randn(places, channels), torch.randn(places, channels)
-    expand, expand_bias = 0.3 * torch.randn(wide, channels), torch.randn(wide)
-    contract, contract_bias = torch.randn(channels, wide) / wide**0.5, torch.randn(channels)
-    scale, inner, dy = torch.randn(channels), torch.empty(places, wide), torch.randn(places, channels)
-    out = torch.empty_like(x)
-    packed = (kernels.panels(expand), expand_bias), (kernels.panels(contract), contract_bias)
-    kernels.feed_forward(x, y, *packed, scale, out, inner)
-
-    before = F.linear(y.double(), expand.double(), expand_bias.double()).requires_grad_()
-    weight, factor = contract.double().requires_grad_(), scale.double().requires_grad_()
-    reference = x + factor * F.linear(F.gelu(before), weight, contract_bias.double())
-    assert near(inner, before) and near(out, reference)
-    gradients = torch.autograd.grad(reference, (before, weight, factor), dy.double())
-    d_inner, d_contract, d_scale, d_expand, d_bias = kernels.feed_forward_gradients(dy, y, inner, contract, scale)
-    assert near(d_inner, gradients[0]) and near(d_contract, gradients[1])
-    assert near(d_scale + dy.sum(0) * contract_bias, gradients[2])
-    assert near(d_expand, gradients[0].T @ y.double()) and near(d_bias, gradients[0].sum(0))
+SIZES = [(1, 16, 16), (7, 48, 144), (300, 96, 384), (1011, 80, 336), (5, 80, 336)]  # places, channels, wide
 
 
 @needs_kernels
-@pytest.mark.parametrize("places, channels, wide", [(1, 16, 16), (7, 48, 144), (101, 96, 384), (203, 80, 336)])
-def test_the_feed_forward_part_in_bfloat16_is_off_by_rounding_only(places, channels, wide):
-    x, y = torch.randn(places, channels).bfloat16(), torch.randn(places, channels).bfloat16()
-    expand, contract = torch.randn(wide, channels).bfloat16(), (torch.randn(channels, wide) / wide**0.5).bfloat16()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("places, channels, wide", SIZES)
+def test_the_feed_forward_part(dtype, places, channels, wide, threads):
+    x, y = torch.randn(places, channels).to(dtype), torch.randn(places, channels).to(dtype)
+    expand, contract = torch.randn(wide, channels).to(dtype), (torch.randn(channels, wide) / wide**0.5).to(dtype)
     biases, scale = (torch.randn(wide), torch.randn(channels)), torch.randn(channels)
-    out, inner = torch.empty_like(x), torch.empty(places, wide, dtype=torch.bfloat16)
-    packed = (kernels.panels(expand), biases[0]), (kernels.panels(contract), biases[1])
-    kernels.feed_forward(x, y, *packed, scale, out, inner)
+    out, inner = torch.empty_like(x), torch.empty(places, wide, dtype=dtype)
+    packed = (kernels.panels(expand, dtype), biases[0]), (kernels.panels(contract, dtype), biases[1])
+    with on_threads(threads):
+        kernels.feed_forward(x, y, *packed, scale, out, inner)
 
     before = F.linear(y.double(), expand.double(), biases[0].double())
     active = F.gelu(before)
     reference = x + scale * F.linear(active, contract.double(), biases[1].double())
-    assert ((inner - before).abs() <= 2**-8 * before.abs() + 1e-5).all()
-    of_active = 2**-9 * F.linear(active.abs(), contract.double().abs()) * scale.abs()  # the most that rounding does
-    assert ((out - reference).abs() <= of_active + 2**-8 * reference.abs() + 1e-4).all()
-    again = x.clone()
-    kernels.feed_forward(again, y, *packed, scale, again)
-    assert torch.equal(again, out)
+    if dtype == torch.float32:
+        assert near(inner, before) and near(out, reference)
+    else:  # off by rounding only
+        assert ((inner - before).abs() <= 2**-8 * before.abs() + 1e-5).all()
+        of_active = 2**-9 * F.linear(active.abs(), contract.double().abs()) * scale.abs()  # the most that rounding does
+        assert ((out - reference).abs() <= of_active + 2**-8 * reference.abs() + 1e-4).all()
+    again, wider = x.clone(), torch.empty(places, channels)
+    with on_threads(threads):
+        kernels.feed_forward(again, y, *packed, scale, again)
+        kernels.feed_forward(x.float(), y, *packed, scale, wider)  # the residual connection in float32
+    assert torch.equal(again, out) and torch.equal(wider.to(dtype), out)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("places, channels, wide", SIZES)
+def test_the_gradients_of_the_feed_forward_part(dtype, places, channels, wide, threads):
+    y, before = torch.randn(places, channels).to(dtype), torch.randn(places, wide).to(dtype)
+    expand, contract = torch.randn(wide, channels) / channels**0.5, torch.randn(channels, wide) / wide**0.5
+    scale, dy = torch.randn(channels), torch.randn(places, channels)
+    inner, weight, factor = (tensor.double().requires_grad_() for tensor in (before, contract, scale))
+    reference = factor * F.linear(F.gelu(inner), weight)
+    d_inner, *gradients = torch.autograd.grad(reference, (inner, weight, factor), dy.double())
+    gradients = [d_inner @ expand.double(), d_inner.T @ y.double(), d_inner.sum(0), *gradients]
+    with on_threads(threads):
+        found = kernels.feed_forward_gradients(dy, y, before, expand, contract, scale)
+    assert all(map(near, found, gradients))
+
+
+@needs_kernels
+def test_a_linear_layer_and_its_gradients_keep_the_dtype(dtype):
+    x, weight, dy = torch.randn(2, 3, 4, 5, 20).to(dtype), torch.randn(24, 20), torch.randn(2, 3, 4, 5, 24).to(dtype)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.to(dtype).double().requires_grad_()
+    reference = F.linear(exact_x, exact_weight)
+    gradients = torch.autograd.grad(reference, (exact_x, exact_weight), dy.double())
+    layer = feed_forward.pointwise(weight, None, dtype)
+    found = [feed_forward.linear(x, weight.to(dtype)), layer(x.flatten(1, 2)).view(dy.shape)]
+    found += feed_forward.linear_gradients(dy, x, weight.to(dtype))
+    assert all(tensor.dtype == dtype for tensor in found)
+    assert all(near(*pair, dtype) for pair in zip(found, (reference, reference, *gradients), strict=True))
+
+
+@contextmanager
+def on_threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_kernels
 def test_gelu_is_exact_up_to_rounding_everywhere():
     x = torch.linspace(-30, 30, 16 * 2048).view(-1, 16)
-    identity, zeros = kernels.panels(torch.eye(16)), torch.zeros(16)
+    identity, zeros = kernels.panels(torch.eye(16), torch.float32), torch.zeros(16)
     found = torch.empty_like(x)
     kernels.feed_forward(torch.zeros_like(x), x, (identity, zeros), (identity, zeros), torch.ones(16), found)
     assert ((found - F.gelu(x.double())).abs() <= 5e-7 + 1e-7 * x.abs()).all()

@@ -1,6 +1,7 @@
 """The feed-forward part of a block with its residual connection: x + scale * contract(gelu(expand(y))).
 
-By the C++ kernels where they are to be had, otherwise by oneDNN (inference) or torch (training, always in bfloat16).
+By the C++ kernels where they are to be had, otherwise by oneDNN (inference) or torch (training). Where the processor
+does not multiply bfloat16, products are made in float32, and bfloat16 is how tensors are kept.
 """
 
 from __future__ import annotations
@@ -20,8 +21,22 @@ def folded(block: nn.Module, dtype: torch.dtype) -> NativeFeedForward | FeedForw
 
 
 def pointwise(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> onednn.Conv:
-    """A linear layer with weight [C', C]."""
-    return onednn.Conv(weight[..., None, None], bias, dtype)
+    """A linear layer with weight [C', C] of tensors in `dtype`."""
+    return onednn.Conv(weight[..., None, None], bias, native.multiplied(dtype))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The linear layer with weight [C', C], in x's dtype: [.., C] -> [.., C']."""
+    dtype = native.multiplied(x.dtype)
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+
+
+def linear_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight from that of `linear`'s result, [.., C']."""
+    dtype = native.multiplied(x.dtype)
+    dy = dy.to(dtype)
+    d_weight = dy.flatten(0, -2).T @ x.flatten(0, -2).to(dtype)
+    return (dy @ weight.to(dtype)).to(x.dtype), d_weight.to(weight.dtype)
 
 
 class FeedForward:
@@ -43,8 +58,8 @@ class NativeFeedForward:
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
-        self.expand = (native.panels(expand.weight.to(dtype)), expand.bias.float().contiguous())
-        self.contract = (native.panels(contract.weight.to(dtype)), contract.bias.float().contiguous())
+        self.expand = (native.panels(expand.weight, dtype), expand.bias.float().contiguous())
+        self.contract = (native.panels(contract.weight, dtype), contract.bias.float().contiguous())
         self.scale = block.scale.float().contiguous()
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
@@ -52,47 +67,47 @@ class NativeFeedForward:
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The result [.., C], in x's dtype, and expand(y) [.., wide], for training.
+    """The result [.., C], in x's dtype, and expand(y) [.., wide], in y's, for training.
 
     Args:
         x: [.., C], the residual connection.
         y: [.., C] in the dtype of the arithmetic.
         scale: [C].
-        mlp: weight [wide, C] and bias of the expansion, weight [C, wide] and bias of the contraction, in y's dtype.
+        mlp: weight [wide, C] and bias of the expansion, weight [C, wide] and bias of the contraction.
     """
-    expand, expand_bias, contract, contract_bias = mlp
-    wide, channels = expand.shape
+    wide, channels = mlp[0].shape
     worth_packing = y[..., 0].numel() >= channels // 2  # a copy of the weights
-    if worth_packing and _by_kernels(y.dtype, channels, wide):
+    if worth_packing and native.take_products(y.dtype, channels, wide, training=True):
+        expand, expand_bias, contract, contract_bias = (tensor.float() for tensor in mlp)
         out, inner = torch.empty_like(x), y.new_empty(*y.shape[:-1], wide)
-        packed = (native.panels(expand), expand_bias), (native.panels(contract), contract_bias)
-        native.feed_forward(x, y, *packed, scale, out, inner)
+        packed = (native.panels(expand, y.dtype), expand_bias), (native.panels(contract, y.dtype), contract_bias)
+        native.feed_forward(x, y, *packed, scale.float(), out, inner)
         return out, inner
-    inner = F.linear(y, expand, expand_bias)
+    dtype = native.multiplied(y.dtype)
+    expand, expand_bias, contract, contract_bias = (tensor.to(dtype) for tensor in mlp)
+    inner = F.linear(y.to(dtype), expand, expand_bias)
     outer = F.linear(F.gelu(inner), contract, contract_bias).to(x.dtype)
-    return torch.addcmul(x, outer, scale.to(x.dtype)), inner
+    return torch.addcmul(x, outer, scale.to(x.dtype)), inner.to(y.dtype)
 
 
 def backward(
     dy: Tensor, y: Tensor, inner: Tensor, scale: Tensor, mlp: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of y, of the scale and of `mlp` from that of the result; arguments as of `forward`."""
-    expand, _, contract, contract_bias = mlp
+    """Gradients of y, in its dtype, of the scale and of `mlp` from that of the result; arguments as of `forward`."""
+    wide, channels = mlp[0].shape
     total = dy.flatten(0, -2).sum(0, dtype=scale.dtype)  # [C]
-    if _by_kernels(y.dtype, *contract.shape):
-        d_inner, d_contract, d_scale, d_expand, d_bias = native.feed_forward_gradients(dy, y, inner, contract, scale)
+    if native.take_products(y.dtype, channels, wide, training=True):
+        dy, expand, contract, factor = (tensor.float() for tensor in (dy, mlp[0], mlp[2], scale))
+        d_y, d_expand, d_bias, d_contract, d_scale = native.feed_forward_gradients(
+            dy, y, inner, expand, contract, factor
+        )
     else:
-        dy, y, inner = (tensor.to(y.dtype).flatten(0, -2) for tensor in (dy, y, inner))  # [P, C], [P, C], [P, wide]
-        factor = scale.to(y.dtype)
+        dtype = native.multiplied(y.dtype)
+        dy, left, inner = (tensor.to(dtype).flatten(0, -2) for tensor in (dy, y, inner))  # [P, C], [P, C], [P, wide]
+        expand, contract, factor = (tensor.to(dtype) for tensor in (mlp[0], mlp[2], scale))
         d_contract = (F.gelu(inner).T @ dy).T  # [C, wide], for the gradients of `contract` and of the scale
         d_scale = (d_contract * contract).sum(1, dtype=scale.dtype)
         d_contract = factor[:, None] * d_contract
         d_inner = torch.ops.aten.gelu_backward((dy * factor) @ contract, inner)
-        d_expand, d_bias = d_inner.T @ y, d_inner.sum(0)
-    d_mlp = [d_expand, d_bias, d_contract, (scale * total).to(contract.dtype)]
-    return d_inner @ expand, d_scale + total * contract_bias, d_mlp
-
-
-def _by_kernels(dtype: torch.dtype, channels: int, wide: int) -> bool:
-    """Whether the C++ kernels take a step of training."""
-    return dtype == torch.float32 and native.take_products(dtype, channels, wide)
+        d_y, d_expand, d_bias = d_inner @ expand, d_inner.T @ left, d_inner.sum(0)
+    return d_y.to(y.dtype), d_scale + total * mlp[3], [d_expand, d_bias, d_contract, scale * total]

@@ -26,7 +26,7 @@ class Conv:
     Args:
         weight: [C', C / groups, k_1, k_2].
         bias: [C'], or None.
-        dtype: of the arithmetic.
+        dtype: of the arithmetic; that of images may be another.
         dilation: distance of the taps along the first axis of the images.
         groups: 1 (dense), or C (depth-wise).
     """
@@ -40,19 +40,19 @@ class Conv:
 
     def __call__(self, images: Tensor, gelu: bool = False) -> Tensor:
         """[N, H, W, C] -> [N, H, W, C'], with GELU (exact) if asked."""
-        x = images.movedim(-1, 1)
+        x = images.movedim(-1, 1).to(self.weight.dtype)
         if takes(x.dtype):
             arguments = (self.padding, _STRIDE, self.dilation, self.groups, "gelu" if gelu else "none", [], "none")
             y = torch.ops.mkldnn._convolution_pointwise(x, self._packed_for(x), self.bias, *arguments)
         else:
             y = F.conv2d(x, self.weight, self.bias, 1, self.padding, self.dilation, self.groups)
             y = F.gelu(y) if gelu else y
-        return y.movedim(1, -1).contiguous()  # a copy only where axes of size 1 leave the layout open
+        return y.movedim(1, -1).to(images.dtype).contiguous()  # a copy only where axes of size 1 leave the layout open
 
     def add_to(self, total: Tensor, images: Tensor) -> None:
         """total [N, H, W, C'] += convolution of images [N, H, W, C]."""
-        x = images.movedim(-1, 1)
-        if takes(x.dtype):
+        x = images.movedim(-1, 1).to(self.weight.dtype)
+        if takes(x.dtype) and total.dtype == x.dtype:
             arguments = (self.padding, _STRIDE, self.dilation, self.groups, "add", None, None, [], None)
             add_ = torch.ops.mkldnn._convolution_pointwise_.binary
             result = add_(total.movedim(-1, 1), x, self._packed_for(x), self.bias, *arguments).movedim(1, -1)

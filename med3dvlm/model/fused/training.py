@@ -17,7 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from med3dvlm.model.fused import feed_forward, moments, stem
 from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions
@@ -74,11 +73,11 @@ def batch_affine(layer: nn.Module, stats: dict[str, tuple[Tensor, Tensor]], coun
 def run_block(block: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
     """[B, D, H, W, C] -> [B, D', H', W', C'] in the residual stream's dtype, that of the plain code."""
     if block.proj is not None:
-        project = PoolAndProject.apply if isinstance(block.pool, nn.MaxPool3d) else F.linear
+        project = PoolAndProject.apply if isinstance(block.pool, nn.MaxPool3d) else feed_forward.linear
         x = project(x.to(dtype), block.proj.weight.flatten(1).to(dtype))  # [B, D', H', W', C']
         x = x.to(torch.promote_types(dtype, block.scale.dtype))
     expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
-    mlp = [tensor.to(dtype) for tensor in (expand.weight, expand.bias, contract.weight, contract.bias)]
+    mlp = (expand.weight, expand.bias, contract.weight, contract.bias)
     return ResidualBlock.apply(x, block.dwconv, block.scale, *mlp, *parameters_of(block.dwconv, dtype))
 
 
@@ -165,19 +164,20 @@ class PoolAndProject(torch.autograd.Function):
         pooled = pooled.movedim(1, -1).contiguous()  # [B, D', H', W', C]
         ctx.shape = x.shape
         ctx.save_for_backward(pooled, places.to(torch.int32), weight)
-        return F.linear(pooled, weight)
+        return feed_forward.linear(pooled, weight)
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx, dy: Tensor):
         pooled, places, weight = ctx.saved_tensors
-        d_pooled = (dy @ weight).movedim(-1, 1)  # [B, C, D', H', W']
+        d_pooled, d_weight = feed_forward.linear_gradients(dy, pooled, weight)
+        d_pooled = d_pooled.movedim(-1, 1)  # [B, C, D', H', W']
         shaped = dy.new_empty(ctx.shape).movedim(-1, 1)  # stands for the input, of which only the shape is used
         dx = torch.ops.aten.max_pool3d_with_indices_backward(
             d_pooled, shaped, *PoolAndProject.WINDOW, [1, 1, 1], False, places.to(torch.int64)
         )
-        return dx.movedim(1, -1), dy.flatten(0, 3).T @ pooled.flatten(0, 3)
+        return dx.movedim(1, -1), d_weight
 
 
 class ResidualBlock(torch.autograd.Function):
@@ -186,7 +186,7 @@ class ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module, scale: Tensor, *parameters: Tensor) -> Tensor:
         mlp, branches = parameters[:4], branches_of(len(scale), parameters[4:])
-        source = x.to(mlp[0].dtype)
+        source = x.to(branches.kernels["h"].dtype)
         _, y, stats = normalise(branches, source, layer)
         out, inner = feed_forward.forward(x, y, scale, mlp)
         ctx.save_for_backward(source, inner, *stats, scale, *parameters)

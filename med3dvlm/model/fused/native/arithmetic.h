@@ -30,9 +30,6 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 struct bfloat16 {
     uint16_t bits;
 };
-struct __attribute__((may_alias)) pair {  // two bfloat16 that lie side by side, the first in the lower half
-    uint32_t bits;
-};
 
 inline float get(float x) { return x; }
 inline float get(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
@@ -89,15 +86,14 @@ inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 // sum + left * right in each lane; of pairs, both products are added.
 inline lanes multiply_add(lanes sum, float left, lanes right) { return sum + left * right; }
-inline lanes multiply_add(lanes sum, pair left, lanes right) {
 #ifdef __AVX512BF16__
+struct __attribute__((may_alias)) pair {  // two bfloat16 that lie side by side, the first in the lower half
+    uint32_t bits;
+};
+inline lanes multiply_add(lanes sum, pair left, lanes right) {
     return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(left.bits), (__m512bh)right);
-#else
-    lanes first = (lanes)((longs)right << 16), second = (lanes)((longs)right & 0xffff0000);
-    return sum + __builtin_bit_cast(float, left.bits << 16) * first +
-           __builtin_bit_cast(float, left.bits & 0xffff0000) * second;
-#endif
 }
+#endif
 
 // c[HEIGHT, WIDTH * LANES] (+)= a[HEIGHT, k] b[k, WIDTH * LANES], the sums in registers.
 template <int HEIGHT, int WIDTH, class T>
@@ -107,7 +103,10 @@ __attribute__((noinline)) void tile(const T* a, long a_row, long a_step, const T
     #pragma GCC unroll 6
     for (int i = 0; i < HEIGHT; ++i)
         #pragma GCC unroll 4
-        for (int j = 0; j < WIDTH; ++j) sums[i][j] = add ? ((const lanes*)(c + i * c_row))[j] : lanes{};
+        for (int j = 0; j < WIDTH; ++j) {
+            sums[i][j] = lanes{};
+            __builtin_prefetch(c + i * c_row + j * LANES);
+        }
     for (long t = 0; t < k; ++t) {
         lanes right[WIDTH];
         #pragma GCC unroll 4
@@ -122,7 +121,10 @@ __attribute__((noinline)) void tile(const T* a, long a_row, long a_step, const T
     #pragma GCC unroll 6
     for (int i = 0; i < HEIGHT; ++i)
         #pragma GCC unroll 4
-        for (int j = 0; j < WIDTH; ++j) ((lanes*)(c + i * c_row))[j] = sums[i][j];
+        for (int j = 0; j < WIDTH; ++j) {
+            lanes& to = ((lanes*)(c + i * c_row))[j];
+            to = add ? to + sums[i][j] : sums[i][j];
+        }
 }
 
 // Calls f with min(n, LAST) >= 1 as a constant.
@@ -133,8 +135,7 @@ inline void with_constant(long n, F f) {
     f(std::integral_constant<int, LAST>{});
 }
 
-// c[m, n] (+)= a[m, k] b[k, n]; n is a multiple of 16. a[i, t] is a[i * a_row + t * a_step]. Factors are floats
-// or pairs of bfloat16 (two steps of k at once); k, rows and steps count what T holds.
+// c[m, n] (+)= a[m, k] b[k, n]; n is a multiple of 16. a[i, t] is a[i * a_row + t * a_step].
 template <class T>
 inline void product(const T* a, long a_row, long a_step, const T* b, long b_row, float* c, long c_row, long m, long n,
                     long k, bool add) {
@@ -147,6 +148,14 @@ inline void product(const T* a, long a_row, long a_step, const T* b, long b_row,
                 });
         });
 }
+
+#ifdef __AVX512BF16__
+// The same of bfloat16: a[m, k] with k even and a_step 1, and b[k / 2, n] of pairs along k.
+inline void product(const bfloat16* a, long a_row, long, const bfloat16* b, long b_row, float* c, long c_row, long m,
+                    long n, long k, bool add) {
+    product((const pair*)a, a_row / 2, 1, (const pair*)b, b_row, c, c_row, m, n, k / 2, add);
+}
+#endif
 
 // The lines of a volume along one axis: `outer` places before it, `size` along it, `inner` behind it.
 struct Lines {

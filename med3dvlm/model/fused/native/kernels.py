@@ -14,7 +14,7 @@ from med3dvlm.model.fused.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
-_AVX2, _AMX = torch.cpu._is_avx2_supported(), torch.cpu._is_amx_tile_supported()
+_AMX = torch.cpu._is_amx_tile_supported()
 # G of Winograd's F(4, 3), six weights for three taps, from the points of winograd.cpp: each with the product of its
 # distances from the others. The sixth is infinity.
 _POINTS = {0: 1, 2 / 3: -130 / 81, -2 / 3: -130 / 81, 3 / 2: 65 / 8, -3 / 2: 65 / 8}
@@ -155,13 +155,23 @@ def combine(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
+def take_products(dtype: torch.dtype, channels: int, wide: int, training: bool = False) -> bool:
     """Whether there are kernels for a feed-forward part of these widths in this dtype, and none faster in oneDNN.
 
-    oneDNN's are faster in bfloat16 where the processor multiplies matrices of it (AMX, and on ARM).
+    oneDNN's are faster in bfloat16 where the processor multiplies matrices of it (AMX, and on ARM). Those for training
+    multiply float32, whatever the dtype of what is kept.
     """
-    fastest = dtype == torch.float32 or dtype == torch.bfloat16 and _AVX2 and not _AMX
-    return fastest and channels % 16 == 0 and wide % 16 == 0 and build.wanted()
+    if dtype not in DTYPES or channels % 16 or wide % 16 or not build.wanted():
+        return False
+    in_pairs = not training and not _AMX and build.library().bfloat16_products() == 1
+    return multiplied(dtype) == torch.float32 or in_pairs
+
+
+def multiplied(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch multiplies matrices of this one: float32 where it would emulate bfloat16, slowly."""
+    if dtype != torch.bfloat16 or _AMX or not build.wanted() or build.library().bfloat16_products():
+        return dtype
+    return torch.float32
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -177,13 +187,16 @@ def take_places(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type == "cpu" and not x.requires_grad and build.wanted()
 
 
-def panels(weight: Tensor) -> Tensor:
-    """The weight [N, K] of a linear layer in the form in which it is read fastest: [N / 64, K, 64], zeros after N.
+def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] of a linear layer of rows in `dtype`, as read fastest: [N / 64, K, 64] float32, zeros after N.
 
-    In bfloat16 [N / 64, K / 2, 64]: 32 bits hold two neighbours along K.
+    Where bfloat16 is multiplied in pairs, [N / 64, K / 2, 64] of 32 bits that hold two neighbours along K.
     """
-    if weight.dtype == torch.bfloat16:
-        weight = weight.clone(memory_format=torch.contiguous_format).view(torch.int32)  # a copy begins at whole 32 bits
+    if dtype == torch.bfloat16 and build.library().bfloat16_products() == 1:
+        copy = weight.to(dtype).clone(memory_format=torch.contiguous_format)  # begins at whole 32 bits
+        weight = copy.view(torch.int32)
+    else:
+        weight = weight.float()
     return F.pad(weight.T, (0, -len(weight) % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
 
 
@@ -199,31 +212,44 @@ def feed_forward(
     """out = x + scale * contract(gelu(expand(y))), sums in float32.
 
     Args:
-        x, y, out: [.., C] in float32 or bfloat16; `out` may be x.
-        expand: `panels` of [wide, C] in their dtype, and bias [wide], float32.
-        contract: `panels` of [C, wide] in their dtype, and bias [C], float32.
+        x, out: [.., C] in float32 or bfloat16; `out` may be x.
+        y: [.., C] in float32 or bfloat16.
+        expand: `panels` of [wide, C] for y's dtype, and bias [wide], float32.
+        contract: `panels` of [C, wide] for y's dtype, and bias [C], float32.
         scale: [C], float32.
-        inner: [.., wide] in their dtype, where expand(y) is kept if wanted.
+        inner: [.., wide] in y's dtype, where expand(y) is kept if wanted.
     """
-    _call("feed_forward", x, x, y, *expand, *contract, scale, inner, out, *_places(x), len(expand[1]))
+    sizes = (*_places(y), len(expand[1]))
+    half_x = x.dtype == torch.bfloat16
+    _call("feed_forward", y, half_x, x, y, *expand, *contract, scale, inner, out, *sizes, _by_places(*sizes))
 
 
 def feed_forward_gradients(
-    dy: Tensor, y: Tensor, inner: Tensor, contract: Tensor, scale: Tensor
+    dy: Tensor, y: Tensor, inner: Tensor, expand: Tensor, contract: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of inner, contract, scale (but for the bias beside it), expand [wide, C] and its bias [wide].
+    """Gradients of y, expand [wide, C], its bias [wide], contract and scale (but for the bias beside it), float32.
 
     Args:
-        dy: [.., C], the gradient of `feed_forward`'s result.
+        dy: [.., C], the gradient of `feed_forward`'s result, float32.
         y, inner, scale: as there.
-        contract: its weight alone, [C, wide] as in a linear layer.
+        expand, contract: weights alone, [wide, C] and [C, wide] as in linear layers, float32.
     """
-    (channels, wide), d_inner = contract.shape, torch.empty_like(inner)
-    d_contract, d_expand, d_bias = torch.empty_like(contract), y.new_empty(wide, channels), y.new_empty(wide)
-    d_scale = y.new_empty(-(-wide // 64), channels)
-    gradients = (d_inner, d_contract, d_scale, d_expand, d_bias)
-    _call("feed_forward_gradients", y, dy, y, inner, contract, scale, *gradients, *_places(y), wide)
-    return d_inner, d_contract, d_scale.sum(0), d_expand, d_bias
+    (places, channels), wide, threads = _places(y), len(expand), torch.get_num_threads()
+    by_places = _by_places(places, channels, wide)
+    shares = min(threads, -(-places // 96) if by_places else -(-wide // 64))  # one at least has all that it works on
+    of_places, of_inner = (shares, 1) if by_places else (1, shares)
+    d_y, d_expand = torch.empty(of_inner, *y.shape), torch.empty(of_places, wide, channels)
+    d_bias, d_contract = torch.empty(of_places, wide), torch.empty(of_places, channels, wide)
+    d_scale = torch.zeros(shares, channels)
+    gradients = (d_y, d_expand, d_bias, d_contract, d_scale)
+    sizes = (places, channels, wide, of_places, of_inner)
+    _call("feed_forward_gradients", y, dy, y, inner, expand, contract, scale, *gradients, *sizes)
+    return tuple(gradient[0] if len(gradient) == 1 else gradient.sum(0) for gradient in gradients)
+
+
+def _by_places(places: int, channels: int, wide: int) -> bool:
+    """Whether threads share the places of a feed-forward part, or where these are few its inner channels."""
+    return places > 2 * wide
 
 
 def second_moments(a: Tensor, b: Tensor) -> Tensor:
