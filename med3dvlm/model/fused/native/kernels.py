@@ -169,9 +169,13 @@ def take_products(dtype: torch.dtype, channels: int, wide: int, training: bool =
 
 def multiplied(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which torch multiplies matrices of this one: float32 where it would emulate bfloat16, slowly."""
-    if dtype != torch.bfloat16 or _AMX or not build.wanted() or build.library().bfloat16_products():
-        return dtype
-    return torch.float32
+    return torch.float32 if dtype == torch.bfloat16 and not _AMX and not _multiplies_bfloat16() else dtype
+
+
+def _multiplies_bfloat16() -> bool:
+    if build.wanted():
+        return build.library().bfloat16_products() > 0
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", True)  # older versions of torch do not tell
 
 
 def max_pool(x: Tensor) -> Tensor:
