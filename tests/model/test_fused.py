@@ -12,6 +12,7 @@ from med3dvlm.benchmark.plain import plain_hidden_states
 from med3dvlm.model.dcformer import DCFormer
 from med3dvlm.model.fused import choice
 from med3dvlm.model.fused.inference import FoldedEncoder
+from med3dvlm.model.fused.native import kernels as native
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
 
 VARIANTS = ["phantom", "nano", "naive", "tiny"] + [
@@ -76,9 +77,17 @@ def test_input_that_is_not_contiguous():
     assert_follows(encoder_of(), volume.transpose(2, 4)[:, :, ::2].flip(3))
 
 
+@pytest.mark.parametrize(
+    "kernels, products",  # without kernels bfloat16 is widened unless the processor multiplies it
+    [("", None), ("torch", False), ("torch", True)],
+    ids=["kernels", "widened", "multiplied"],
+)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_have_the_plain_dtypes(dtype, autocast):
+def test_hidden_states_have_the_plain_dtypes(dtype, autocast, products, kernels, monkeypatch):
+    monkeypatch.setenv("MED3DVLM_FUSED", kernels)
+    if products is not None:
+        monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: products)
     encoder, volume = encoder_of().to(dtype), rule_volume("fused", (1, 1, 16, 32, 32)).to(dtype)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = encoder(volume)
@@ -86,6 +95,8 @@ def test_hidden_states_have_the_plain_dtypes(dtype, autocast):
         encoder.fused = "off"
         expected = encoder(volume)
     assert [state.dtype for state in found] == [state.dtype for state in expected]
+    for state, reference in zip(found, expected, strict=True):
+        assert (state.float() - reference.float()).norm() <= 2e-2 * reference.float().norm()
 
 
 def change_in_place(encoder):

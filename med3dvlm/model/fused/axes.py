@@ -98,7 +98,7 @@ class NativeSum:
 
 
 def dense_sum(kernels: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> AxisSum | NativeSum:
-    """The faster of the two: in bfloat16 oneDNN's arithmetic outweighs the multiplications that Winograd saves."""
-    if dtype == torch.float32 and native.take(dtype, kernels["w"], groups=1):
+    """The faster of the two: oneDNN's where bfloat16 arithmetic outweighs the multiplications that Winograd saves."""
+    if native.multiplied(dtype) == torch.float32 and native.take(dtype, kernels["w"], groups=1):
         return NativeSum(kernels, bias)
     return AxisSum(kernels, bias, dtype)

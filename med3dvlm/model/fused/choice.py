@@ -164,4 +164,4 @@ def _infer(encoder: nn.Module, fold: type, dtype: torch.dtype, tensors: list[Ten
             cache = encoder.fused_cache[dtype] = Cache(sources, states_of(tensors), fold(encoder, dtype))
         stem_state, *states = cache.folded(volume)
     residual = torch.promote_types(dtype, next(encoder.parameters()).dtype)
-    return [stem_state, *(state.to(residual) for state in states)]
+    return [stem_state.to(dtype), *(state.to(residual) for state in states)]

@@ -175,7 +175,8 @@ def multiplied(dtype: torch.dtype) -> torch.dtype:
 def _multiplies_bfloat16() -> bool:
     if build.wanted():
         return build.library().bfloat16_products() > 0
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", True)  # older versions of torch do not tell
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch have none
+    return tell().get("avx512_bf16", True)
 
 
 def max_pool(x: Tensor) -> Tensor:
