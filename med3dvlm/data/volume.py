@@ -111,7 +111,7 @@ def load_volume(
             )
         view, spacing = turn.view(view), turn.spacing  # [D, H, W]
     view = view[tuple(slice(None, None, -1 if axis in flip else 1) for axis in "DHW")]
-    array, replaced = _finite_float32(view, path, reading)
+    array, replaced = _finite_float32(view, decoded.finite, path, reading)
     return Volume(
         array=array,
         spacing=tuple(float(size) for size in spacing),
@@ -143,8 +143,10 @@ def _check_path(path: Path) -> None:
         raise VolumeError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
 
 
-def _finite_float32(view: np.ndarray, path: Path, reading: Reading) -> tuple[np.ndarray, tuple[str, ...]]:
+def _finite_float32(view: np.ndarray, known: bool, path: Path, reading: Reading) -> tuple[np.ndarray, tuple[str, ...]]:
     """`view` as contiguous float32 that may be written to, and a warning where values were replaced.
+
+    `known`: it is finite; nobody looks.
 
     Raises:
         VolumeError: not finite (also beyond float32) and `reading.nan` is "error", or nothing finite.
@@ -155,7 +157,7 @@ def _finite_float32(view: np.ndarray, path: Path, reading: Reading) -> tuple[np.
         with np.errstate(over="ignore", invalid="ignore"):
             put(array, view)
     lowest, bad = np.inf, 0
-    for part in slabs(array) if view.dtype.kind == "f" else ():
+    for part in slabs(array) if view.dtype.kind == "f" and not known else ():
         if np.isfinite(part.min()) and np.isfinite(part.max()):  # quick, and needs no mask
             lowest = min(lowest, part.min())
         else:

@@ -80,6 +80,7 @@ class Decoded:
     units: "HU", or "" where the file does not say.
     prepared: what a prepared file records about its preparation; None for every other file.
     warnings: sentences a user should see. Never patient data.
+    finite: whether no value can be NaN or infinite, as where integers are stored: nobody need look.
     """
 
     array: np.ndarray
@@ -89,6 +90,7 @@ class Decoded:
     units: str = ""
     prepared: dict | None = None
     warnings: tuple[str, ...] = ()
+    finite: bool = False
 
 
 @dataclass(frozen=True)

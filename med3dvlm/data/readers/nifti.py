@@ -8,6 +8,8 @@ place in the canonical float32 array.
 import io
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from math import prod
 from pathlib import Path
 
@@ -58,10 +60,11 @@ def read_nifti(path: Path, reading: Reading) -> Decoded:
             if frame == frames - 1:
                 warnings += _rest(path, stream, max(CHUNK_BYTES, volume_bytes))
     if mark:
-        return Decoded(array, affine, spacing, prepared=mark)
+        return Decoded(array, affine, spacing, prepared=mark, finite=dtype.kind == "u")
     if _looks_published(array, affine, reading.prepared_size):
         return Decoded(array, affine, spacing, prepared={"preparation": ""}, warnings=(PUBLISHED_WARNING,))
-    return Decoded(array, affine, spacing, warnings=warnings)
+    stored = header.get_slope_inter() in ((None, None), (1.0, 0.0))
+    return Decoded(array, affine, spacing, warnings=warnings, finite=stored and dtype.kind in "ui")
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
@@ -180,19 +183,28 @@ def _scaling(header, mark: dict | None) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _fill(array: np.ndarray, stream, dtype: np.dtype, scaling: Callable) -> None:
-    """Read the voxels of `array` `[k, j, i]` from a stream, some slices at a time."""
-    chunk = CHUNK_BYTES if array.nbytes <= LIMIT else 8 * CHUNK_BYTES  # what lies on a disk is better not visited often
+    """Read the voxels of `array` `[k, j, i]` from a stream, some slices at a time, while others are put in place."""
+    chunk = CHUNK_BYTES if array.nbytes <= LIMIT else 4 * CHUNK_BYTES  # what lies on a disk is better not visited often
     slices = max(1, chunk // (dtype.itemsize * array[0].size))
-    buffer = np.empty((min(slices, len(array)), *array.shape[1:]), dtype)
-    for first in range(0, len(array), slices):
-        part = buffer[: len(array) - first]
-        target, done = memoryview(part.reshape(-1).view(np.uint8)), 0
-        while done < len(target):
-            count = stream.readinto(target[done:])
-            if not count:
-                raise EOFError(f"it ends after {first} of {len(array)} slices")
-            done += count
-        put(array[first : first + len(part)], scaling(part))
+    buffers = [np.empty((min(slices, len(array)), *array.shape[1:]), dtype) for _ in range(2)]
+
+    def move(target, voxels):
+        put(target, scaling(voxels))
+
+    with ThreadPoolExecutor(max_workers=1) as mover:
+        moved = None
+        for number, first in enumerate(range(0, len(array), slices)):
+            part = buffers[number % 2][: len(array) - first]
+            target, done = memoryview(part.reshape(-1).view(np.uint8)), 0
+            while done < len(target):
+                count = stream.readinto(target[done:])
+                if not count:
+                    raise EOFError(f"it ends after {first} of {len(array)} slices")
+                done += count
+            if moved is not None:
+                moved.result()
+            moved = mover.submit(copy_context().run, move, array[first : first + len(part)], part)
+        moved.result()
 
 
 def _rest(path: Path, stream, limit: int) -> tuple[str, ...]:

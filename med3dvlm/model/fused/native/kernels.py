@@ -14,7 +14,8 @@ from med3dvlm.model.fused.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
-_AMX = torch.cpu._is_amx_tile_supported()
+_ABILITIES = getattr(torch.cpu, "get_capabilities", dict)()  # of the processor; torch did not always tell
+_AMX = _ABILITIES.get("amx_tile", False)
 # G of Winograd's F(4, 3), six weights for three taps, from the points of winograd.cpp: each with the product of its
 # distances from the others. The sixth is infinity.
 _POINTS = {0: 1, 2 / 3: -130 / 81, -2 / 3: -130 / 81, 3 / 2: 65 / 8, -3 / 2: 65 / 8}
@@ -173,10 +174,7 @@ def multiplied(dtype: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    if build.wanted():
-        return build.library().bfloat16_products() > 0
-    tell = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch have none
-    return tell().get("avx512_bf16", True)
+    return build.library().bfloat16_products() > 0 if build.wanted() else _ABILITIES.get("avx512_bf16", True)
 
 
 def max_pool(x: Tensor) -> Tensor:
