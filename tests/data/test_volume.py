@@ -5,6 +5,7 @@ import gzip
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 
 import nibabel as nib
@@ -249,7 +250,9 @@ def test_values_that_are_not_finite_can_become_background(tmp_path, suffix):
      "nrrd": lambda: sitk.WriteImage(sitk.GetImageFromArray(body), str(path))}[suffix]()  # fmt: skip
     with pytest.raises(VolumeError, match="4 values are not finite .*nan='fill'"):
         load_volume(path)
-    volume = load_volume(path, orientation="stored", nan="fill")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # 1e300 is beyond float32, and numpy says so unless it is told not to
+        volume = load_volume(path, orientation="stored", nan="fill")
     assert np.array_equal(volume.array, expected)
     assert "4 values" in volume.warnings[0]
     with pytest.raises(ValueError, match="nan must be"):
@@ -274,6 +277,19 @@ def test_integers_with_slope_equal_nibabel(tmp_path):
         (tmp_path / "y.nii").write_bytes(header.binaryblock + bytes(4) + body.tobytes(order="F"))
         expected = nib.load(tmp_path / "y.nii").get_fdata().astype(np.float32)
         assert np.array_equal(load_volume(tmp_path / "y.nii", orientation="stored").array, expected.T), code
+
+
+def test_integers_that_a_slope_takes_beyond_float32_are_found(tmp_path):
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_slope_inter(1e36, 0)
+    image = nib.Nifti1Image(np.zeros((4, 3, 2), np.int16), np.eye(4), header)
+    nib.save(image, tmp_path / "x.nii")
+    data = bytearray((tmp_path / "x.nii").read_bytes())
+    data[-2:], data[112:116] = np.int16(1000).tobytes(), np.float32(1e36).tobytes()  # the last voxel, the slope
+    (tmp_path / "x.nii").write_bytes(data)
+    with pytest.raises(VolumeError, match="1 values are not finite"):
+        load_volume(tmp_path / "x.nii")
 
 
 def zip_of(path, files: dict):
