@@ -70,11 +70,12 @@ def test_a_convolution_and_its_gradient(dtype, sizes, shape, axis):
 @needs_kernels
 @pytest.mark.parametrize("axis", ["h", "w", "d"])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 2, 70)])
-@pytest.mark.parametrize("channels, second", [(20, 32), (32, 16)])
-def test_a_convolution_without_winograds_rounding(channels, second, shape, axis):
+@pytest.mark.parametrize("channels, second, threads", [(20, 32, 1), (32, 16, 3)])
+def test_a_convolution_without_winograds_rounding(channels, second, threads, shape, axis):
     kernel, x = torch.randn(second, channels, 3), torch.randn(*shape, channels)
     sums, y = torch.zeros(2, second, dtype=torch.float64), expected(x, kernel, axis)
-    found = kernels.convolve_exactly(x, kernel, axis, sums)
+    with on_threads(threads):
+        found = kernels.convolve_exactly(x, kernel, axis, sums)
     assert relative_deviation(found.double(), y) < 5e-7
     places = (0, 1, 2, 3)
     assert ((sums[0] - y.sum(places)).abs() <= 3e-6 * y.abs().sum(places)).all()
@@ -166,7 +167,7 @@ def test_the_feed_forward_part(dtype, places, channels, wide, threads):
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("places, channels, wide", SIZES)
 def test_the_gradients_of_the_feed_forward_part(dtype, places, channels, wide, threads):
     y, before = torch.randn(places, channels).to(dtype), torch.randn(places, wide).to(dtype)

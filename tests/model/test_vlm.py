@@ -49,7 +49,8 @@ def test_logits_loss_and_gradients_equal_the_published_model(golden):
     batch = {key: tensors[key] for key in ("input_ids", "attention_mask", "labels")}
     output = model(**batch, images=images)
     attended = batch["attention_mask"].bool()
-    assert_within(output.logits[attended], tensors["logits"][attended])
+    # The language model amplifies rounding: with gradients both are 3.4e-6 from float64 on some processors.
+    assert_within(output.logits[attended], tensors["logits"][attended], 1e-5)
     assert output.loss.item() == pytest.approx(record["loss"], rel=1e-5)
     output.loss.backward()
     expected = record["parameter_grad_norm"]

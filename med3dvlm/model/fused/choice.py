@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.model.fused import inference, onednn, training, triton_choice
+from med3dvlm.model.fused.native import kernels as native
 
 MODES = ("cpu", "auto", "off")
 logger = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ def choose(encoder: nn.Module, volume: Tensor) -> Callable[[Tensor], list[Tensor
 
 
 def compute_dtype(encoder: nn.Module, volume: Tensor) -> torch.dtype:
-    """The dtype of the plain code's convolutions: autocast's, otherwise that of the weights."""
-    if torch.is_autocast_enabled(volume.device.type):
+    """The dtype of the plain code's convolutions: autocast's, which leaves float64 alone, or that of the weights."""
+    dtype = next(encoder.parameters()).dtype
+    if torch.is_autocast_enabled(volume.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(volume.device.type)
-    return next(encoder.parameters()).dtype
+    return dtype
 
 
 def refusal_of_mode(encoder: nn.Module, volume: Tensor, dtype: torch.dtype, tensors: list[Tensor]) -> str:
@@ -93,7 +95,7 @@ def refusal_of_device(encoder: nn.Module, volume: Tensor, dtype: torch.dtype) ->
         return triton_choice.refusal(encoder, volume, dtype)
     if volume.device.type != "cpu":
         return f"no path for {volume.device.type}"
-    return "" if onednn.takes(dtype) else f"oneDNN does not take {dtype} here"
+    return "" if onednn.takes(native.multiplied(dtype)) else f"oneDNN does not take {dtype} here"
 
 
 def smallest_count(encoder: nn.Module, volume: Tensor) -> int:

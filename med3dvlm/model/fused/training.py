@@ -73,8 +73,10 @@ def batch_affine(layer: nn.Module, stats: dict[str, tuple[Tensor, Tensor]], coun
 def run_block(block: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
     """[B, D, H, W, C] -> [B, D', H', W', C'] in the residual stream's dtype, that of the plain code."""
     if block.proj is not None:
-        project = PoolAndProject.apply if isinstance(block.pool, nn.MaxPool3d) else feed_forward.linear
-        x = project(x.to(dtype), block.proj.weight.flatten(1).to(dtype))  # [B, D', H', W', C']
+        x = x.to(dtype)
+        if isinstance(block.pool, nn.MaxPool3d):
+            x = MaxPool.apply(x)  # [B, D', H', W', C]
+        x = Project.apply(x, block.proj.weight.flatten(1).to(dtype))  # [B, D', H', W', C']
         x = x.to(torch.promote_types(dtype, block.scale.dtype))
     expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
     mlp = (expand.weight, expand.bias, contract.weight, contract.bias)
@@ -153,31 +155,43 @@ def _each(parameters: tuple[Tensor, ...]) -> list[Branches]:
     return [branches_of(1, parameters[i : i + PARAMETERS]) for i in range(0, len(parameters), PARAMETERS)]
 
 
-class PoolAndProject(torch.autograd.Function):
-    """Max pooling that halves each axis, then a point-wise layer [C', C]: [B, D, H, W, C] -> [B, D', H', W', C']."""
+class MaxPool(torch.autograd.Function):
+    """Max pooling that halves each axis: [B, D, H, W, C] -> [B, D', H', W', C]."""
 
     WINDOW = ([3, 3, 3], [2, 2, 2], [1, 1, 1])  # size, stride, padding
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        pooled, places = torch.ops.aten.max_pool3d_with_indices(x.movedim(-1, 1), *PoolAndProject.WINDOW)
-        pooled = pooled.movedim(1, -1).contiguous()  # [B, D', H', W', C]
+    def forward(ctx, x: Tensor) -> Tensor:
+        pooled, places = torch.ops.aten.max_pool3d_with_indices(x.movedim(-1, 1), *MaxPool.WINDOW)
         ctx.shape = x.shape
-        ctx.save_for_backward(pooled, places.to(torch.int32), weight)
-        return feed_forward.linear(pooled, weight)
+        ctx.save_for_backward(places.to(torch.int32))
+        return pooled.movedim(1, -1).contiguous()  # [B, D', H', W', C]
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx, dy: Tensor):
-        pooled, places, weight = ctx.saved_tensors
-        d_pooled, d_weight = feed_forward.linear_gradients(dy, pooled, weight)
-        d_pooled = d_pooled.movedim(-1, 1)  # [B, C, D', H', W']
+        (places,) = ctx.saved_tensors
         shaped = dy.new_empty(ctx.shape).movedim(-1, 1)  # stands for the input, of which only the shape is used
         dx = torch.ops.aten.max_pool3d_with_indices_backward(
-            d_pooled, shaped, *PoolAndProject.WINDOW, [1, 1, 1], False, places.to(torch.int64)
+            dy.movedim(-1, 1), shaped, *MaxPool.WINDOW, [1, 1, 1], False, places.to(torch.int64)
         )
-        return dx.movedim(1, -1), d_weight
+        return dx.movedim(1, -1)
+
+
+class Project(torch.autograd.Function):
+    """A point-wise layer with weight [C', C] that keeps no copy of its input: [.., C] -> [.., C']."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return feed_forward.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, dy: Tensor):
+        return feed_forward.linear_gradients(dy, *ctx.saved_tensors)
 
 
 class ResidualBlock(torch.autograd.Function):

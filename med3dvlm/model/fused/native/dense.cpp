@@ -2,6 +2,8 @@
 //
 // They round as the plain code does: Winograd's errors (winograd.cpp) decide more near ties of a later max pooling the
 // other way.
+#include <cstdlib>
+
 #include "arithmetic.h"
 
 // y [places, n_out] = the convolution of x [places, n] along the lines, weights [3, n, n_out]; n_out a multiple of 16.

@@ -1,7 +1,6 @@
 // The feed-forward part of a block: expansion, GELU, contraction, and their gradients. Inner values exist in the cache
 // only, but for those that the backward pass needs.
 #include <memory>
-#include <type_traits>
 
 #include "arithmetic.h"
 
@@ -136,7 +135,7 @@ struct Gradients {
     float *d_y, *d_expand, *d_bias, *d_contract, *d_scale;
     long n, wide;
     long chunk = std::max(CACHED / n / PANEL, 1L) * PANEL;
-    std::vector<float> hidden = std::vector<float>(ROWS * PANEL), d = hidden, buffer;
+    std::vector<float> hidden = std::vector<float>(ROWS * PANEL), d = hidden, buffer = {};
     std::vector<float> back = std::vector<float>(chunk * n), of_contract = back;  // in panels, [n, 64] each
 
     // Places [first, last), inner channels [j, end) of at most `chunk`; d_y is set by the first ones, and added to.
@@ -234,12 +233,12 @@ void feed_forward_gradients(bool half, const float* dy, const void* y, const voi
         #pragma omp parallel for num_threads(threads)
         for (long i = 0; i < place_shares * inner_shares; ++i) {
             Share of_places{i % place_shares, place_shares}, of_inner{i / place_shares, inner_shares};
-            long p = of_places.index, j = of_inner.index;
-            Gradients<T> of{dy, (const T*)y, (const T*)inner, expand, contract, scale, d_y + j * places * n,
-                            d_expand + p * wide * n, d_bias + p * wide, d_contract + p * n * wide, d_scale + i * n, n,
-                            wide};
+            long p = of_places.index;
+            Gradients<T> of{dy, (const T*)y, (const T*)inner, expand, contract, scale,
+                            d_y + of_inner.index * places * n, d_expand + p * wide * n, d_bias + p * wide,
+                            d_contract + p * n * wide, d_scale + i * n, n, wide};
             long first = of_inner.first(wide, PANEL), last = of_inner.last(wide, PANEL);
-            for (j = first; j < last; j += of.chunk)
+            for (long j = first; j < last; j += of.chunk)
                 of.take(of_places.first(places), of_places.last(places), j, std::min(j + of.chunk, last), j == first);
         }
     });

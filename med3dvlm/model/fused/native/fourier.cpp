@@ -167,7 +167,8 @@ inline bool kept(int k) { return BEFORE <= k && k < BEFORE + OUT; }
 
 // Products of one line of spectra with weights [N, PHASES, 2, LANES], for TOGETHER pairs and LANES channels, and back
 // along D: planes[.., OUT, N] of places (D) and frequencies (H), a plane a pair. `x` are the spectra at the weights'
-// frequencies and, of BOTH, `mirror` those at the negative ones, where the weights are the conjugate: planes + TOGETHER.
+// frequencies; of BOTH, `mirror` are those at the negative ones, where the weights are the conjugate, and their planes
+// are behind the first TOGETHER.
 template <bool BOTH, class W>
 void multiply_line(const float* x, const float* mirror, long pairs, const W* weight, long h, Complex* planes) {
     Complex line[2][TOGETHER][N];
@@ -259,7 +260,7 @@ void finish(const Grid& grid, const Stored<T>* fields, const std::vector<Tile>& 
 
 template <class T>
 void convolve(const Grid& grid, const float* volume, const T* weights, T* y, int threads) {
-    // Those that are worked on while they lie in the third-level cache.
+    // Those that are worked on together: each thread has one to transform, and few stay in the third-level cache.
     long pairs = round_up(std::min<long>(threads, grid.pairs()), TOGETHER), parts = grid.channels / LANES;
     std::unique_ptr<Complex[]> memory(new Complex[N * PLANE * pairs * SLOTS / LANES]);
     std::unique_ptr<Stored<T>[]> fields(new Stored<T>[parts * pairs * N * FIELD]);
@@ -304,7 +305,8 @@ extern "C" {
 void fourier_convolve(bool half, const float* volume, const void* weights, void* y, long batch, long depth,
                       long height, long width, long channels, long threads) {
     with_storage(half, [&](auto storage) {
-        convolve(Grid(batch, depth, height, width, channels), volume, (const decltype(storage)*)weights, (decltype(storage)*)y, threads);
+        using T = decltype(storage);
+        convolve(Grid(batch, depth, height, width, channels), volume, (const T*)weights, (T*)y, threads);
     });
 }
 

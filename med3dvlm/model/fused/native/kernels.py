@@ -14,6 +14,7 @@ from med3dvlm.model.fused.native import build
 
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
+PANEL = 64  # columns of a panel of weights, as in feed_forward.cpp
 _ABILITIES = getattr(torch.cpu, "get_capabilities", dict)()  # of the processor; torch did not always tell
 _AMX = _ABILITIES.get("amx_tile", False)
 # G of Winograd's F(4, 3), six weights for three taps, from the points of winograd.cpp: each with the product of its
@@ -69,7 +70,7 @@ def convolve(
 
 
 def convolve_exactly(x: Tensor, kernel: Tensor, axis: str, sums: Tensor) -> Tensor:
-    """`convolve` in float32 without Winograd's rounding, with a dense kernel [C', C, 3] as it is."""
+    """`convolve` without Winograd's rounding, of x and a dense kernel [C', C, 3] in float32."""
     y = x.new_empty(*x.shape[:-1], len(kernel))
     weights = kernel.permute(2, 1, 0).contiguous()  # [3, C, C']
     _call("dense_convolve", x, x, weights, y, sums, *lines(x, axis), x.shape[-1], len(kernel))
@@ -200,7 +201,7 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
         weight = copy.view(torch.int32)
     else:
         weight = weight.float()
-    return F.pad(weight.T, (0, -len(weight) % 64)).unflatten(1, (-1, 64)).transpose(0, 1).contiguous()
+    return F.pad(weight.T, (0, -len(weight) % PANEL)).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
 
 
 def feed_forward(
@@ -237,17 +238,25 @@ def feed_forward_gradients(
         y, inner, scale: as there.
         expand, contract: weights alone, [wide, C] and [C, wide] as in linear layers, float32.
     """
-    (places, channels), wide, threads = _places(y), len(expand), torch.get_num_threads()
-    by_places = _by_places(places, channels, wide)
-    shares = min(threads, -(-places // 96) if by_places else -(-wide // 64))  # one at least has all that it works on
-    of_places, of_inner = (shares, 1) if by_places else (1, shares)
+    (places, channels), wide = _places(y), len(expand)
+    of_places, of_inner = _shares(places, wide, torch.get_num_threads())
     d_y, d_expand = torch.empty(of_inner, *y.shape), torch.empty(of_places, wide, channels)
     d_bias, d_contract = torch.empty(of_places, wide), torch.empty(of_places, channels, wide)
-    d_scale = torch.zeros(shares, channels)
+    d_scale = torch.zeros(of_places * of_inner, channels)
     gradients = (d_y, d_expand, d_bias, d_contract, d_scale)
     sizes = (places, channels, wide, of_places, of_inner)
     _call("feed_forward_gradients", y, dy, y, inner, expand, contract, scale, *gradients, *sizes)
     return tuple(gradient[0] if len(gradient) == 1 else gradient.sum(0) for gradient in gradients)
+
+
+def _shares(places: int, wide: int, threads: int) -> tuple[int, int]:
+    """Shares of the places and of the inner channels that together occupy the threads, with least memory for sums.
+
+    None is empty: what it sums up would not be set.
+    """
+    panels = -(-wide // PANEL)
+    pairs = [(share, min(threads // share, panels)) for share in range(1, min(threads, places) + 1)]
+    return min(pairs, key=lambda pair: (-pair[0] * pair[1], 2 * wide * pair[0] + places * pair[1]))
 
 
 def _by_places(places: int, channels: int, wide: int) -> bool:

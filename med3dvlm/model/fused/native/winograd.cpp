@@ -168,8 +168,8 @@ void kernel_gradient(const Plain<T>& x, const S& dy, const Lines& lines, float* 
 
 extern "C" {
 
-// y (+)= the convolution of x (or of the combination of x and z) along the lines. weights [6, n, n_out], bias [n_out] or
-// null, sums [2, n_out] or null: the sums of the result and of its square are added to them.
+// y (+)= the convolution of x (or of the combination of x and z) along the lines. weights [6, n, n_out], bias [n_out]
+// or null, sums [2, n_out] or null: the sums of the result and of its square are added to them.
 void winograd_convolve(bool half, const void* x, const void* z, const float* scale, const float* weights,
                        const float* bias, void* y, bool add, double* sums, long outer, long size, long inner, long n,
                        long n_out, long threads) {
