@@ -58,7 +58,7 @@ def test_logits_loss_and_gradients_equal_the_published_model(golden):
     model.zero_grad(set_to_none=True)
     assert found.keys() == expected.keys()
     floor = 1e-4 * max(expected.values())
-    for name, norm in expected.items():  # in the encoder, a near tie of max pooling falls differently on some processors
+    for name, norm in expected.items():  # in the encoder, processors decide near ties of max pooling differently
         relative = 1e-3 if "vision_tower" in name else 1e-4
         assert abs(found[name] - norm) <= max(relative * norm, floor), name
 
