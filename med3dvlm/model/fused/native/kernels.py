@@ -223,9 +223,9 @@ def feed_forward(
         scale: [C], float32.
         inner: [.., wide] in y's dtype, where expand(y) is kept if wanted.
     """
-    sizes = (*_places(y), len(expand[1]))
-    half_x = x.dtype == torch.bfloat16
-    _call("feed_forward", y, half_x, x, y, *expand, *contract, scale, inner, out, *sizes, _by_places(*sizes))
+    sizes = places, _, wide = (*_places(y), len(expand[1]))
+    half_x, by_places = x.dtype == torch.bfloat16, places > 2 * wide  # or threads share the inner channels
+    _call("feed_forward", y, half_x, x, y, *expand, *contract, scale, inner, out, *sizes, by_places)
 
 
 def feed_forward_gradients(
@@ -257,11 +257,6 @@ def _shares(places: int, wide: int, threads: int) -> tuple[int, int]:
     panels = -(-wide // PANEL)
     pairs = [(share, min(threads // share, panels)) for share in range(1, min(threads, places) + 1)]
     return min(pairs, key=lambda pair: (-pair[0] * pair[1], 2 * wide * pair[0] + places * pair[1]))
-
-
-def _by_places(places: int, channels: int, wide: int) -> bool:
-    """Whether threads share the places of a feed-forward part, or where these are few its inner channels."""
-    return places > 2 * wide
 
 
 def second_moments(a: Tensor, b: Tensor) -> Tensor:
