@@ -10,7 +10,7 @@ from torch import nn
 
 from med3dvlm.benchmark.plain import plain_hidden_states
 from med3dvlm.model.dcformer import DCFormer
-from med3dvlm.model.fused import choice
+from med3dvlm.model.fused import choice, onednn
 from med3dvlm.model.fused.inference import FoldedEncoder
 from med3dvlm.model.fused.native import kernels as native
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
@@ -97,6 +97,23 @@ def test_hidden_states_have_the_plain_dtypes(dtype, autocast, products, kernels,
     assert [state.dtype for state in found] == [state.dtype for state in expected]
     for state, reference in zip(found, expected, strict=True):
         assert (state.float() - reference.float()).norm() <= 2e-2 * reference.float().norm()
+
+
+def test_autocast_leaves_float64_alone():
+    encoder, volume = encoder_of().double(), rule_volume("fused", (1, 1, 16, 32, 32)).double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert {state.dtype for state in encoder(volume)} == {torch.float64}
+
+
+def test_bfloat16_needs_no_support_by_onednn_where_it_is_widened(monkeypatch):
+    monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn, "takes", lambda dtype: dtype == torch.float32)
+    encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = encoder(volume)
+    assert encoder.fused_cache, "the plain path was taken"
+    for state, expected in zip(found, plain(encoder, volume), strict=True):
+        assert (state - expected).norm() <= 1.5e-2 * expected.norm()
 
 
 def change_in_place(encoder):

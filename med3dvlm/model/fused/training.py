@@ -180,7 +180,7 @@ class MaxPool(torch.autograd.Function):
 
 
 class Project(torch.autograd.Function):
-    """A point-wise layer with weight [C', C] that keeps no copy of its input: [.., C] -> [.., C']."""
+    """A point-wise layer with weight [C', C], which keeps its input in the dtype that it has: [.., C] -> [.., C']."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
