@@ -107,6 +107,7 @@ def test_autocast_leaves_float64_alone():
 
 def test_bfloat16_needs_no_support_by_onednn_where_it_is_widened(monkeypatch):
     monkeypatch.setattr(native, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(native, "_AMX", False)
     monkeypatch.setattr(onednn, "takes", lambda dtype: dtype == torch.float32)
     encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

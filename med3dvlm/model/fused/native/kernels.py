@@ -223,9 +223,9 @@ def feed_forward(
         scale: [C], float32.
         inner: [.., wide] in y's dtype, where expand(y) is kept if wanted.
     """
-    sizes = places, _, wide = (*_places(y), len(expand[1]))
-    half_x, by_places = x.dtype == torch.bfloat16, places > 2 * wide  # or threads share the inner channels
-    _call("feed_forward", y, half_x, x, y, *expand, *contract, scale, inner, out, *sizes, by_places)
+    (places, channels), wide = _places(y), len(expand[1])
+    sizes = (places, channels, wide, places > 2 * wide)  # then threads share the places, else the inner channels
+    _call("feed_forward", y, x.dtype == torch.bfloat16, x, y, *expand, *contract, scale, inner, out, *sizes)
 
 
 def feed_forward_gradients(
@@ -260,7 +260,7 @@ def _shares(places: int, wide: int, threads: int) -> tuple[int, int]:
 
 
 def second_moments(a: Tensor, b: Tensor) -> Tensor:
-    """a' b of [P, C] twice -> [C, C] float64, as exact as if the tensors were."""
+    """a' b of [P, C] twice -> [C, C] float64; in a block of places, differences from its first are float32."""
     result = torch.zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
     _call("moments_second", a, a.contiguous(), b.contiguous(), result, *a.shape)
     return result
