@@ -107,8 +107,8 @@ class NativeBranches(Branches):
         sums = torch.zeros(len(AXES), 2, len(self.kernels["h"]), dtype=torch.float64)
         z = {}
         for i, (axis, kernel) in enumerate(self.kernels.items()):
-            if self.groups == 1 and x.dtype == torch.float32:
-                z[axis] = native.convolve_exactly(x, kernel, axis, sums[i])
+            if self.groups == 1 and native.takes_directly(x.dtype):
+                z[axis] = native.convolve_directly(x, kernel, axis, sums[i])
             else:
                 z[axis] = native.convolve(x, native.prepare(kernel), axis, sums=sums[i])
         mean, square = (sums / count).unbind(1)  # [3, C']
@@ -132,12 +132,15 @@ class NativeBranches(Branches):
         affine = torch.stack([scale, of_z, -scale * total / count - of_z * mean], dim=1).float()  # [3, 3, C']
         dx, d_kernels = None, []
         for i, axis in enumerate(AXES):  # the gradient of a branch's output is affine[i] of dy and z
-            kernel, gradient, combined = self.kernels[axis], dy, (z[axis], affine[i])
-            if self.groups > 1:
-                gradient, combined = native.combine(dy, *combined), None
-            d_kernels.append(native.kernel_gradient(x, gradient, kernel, axis, combined))
+            kernel, combined = self.kernels[axis], (z[axis], affine[i])
             back = native.prepare(transposed(kernel, self.groups))
-            dx = native.convolve(gradient, back, axis, add_to=dx, combined=combined)
+            if self.groups > 1:
+                gradient = native.combine(dy, *combined)
+                d_kernels.append(native.kernel_gradient(x, gradient, kernel, axis))
+                dx = native.convolve(gradient, back, axis, add_to=dx)
+            else:
+                dx, d_kernel = native.dense_gradients(x, dy, kernel, axis, back, dx, combined)
+                d_kernels.append(d_kernel)
         no_effect = [torch.zeros_like(bias) for bias in self.biases.values()]
         return dx, [*d_kernels, *no_effect, *d_weights.to(dtype), *[total.to(dtype)] * len(AXES)]
 

@@ -1,39 +1,76 @@
 // Dense 3-tap convolutions along one axis as products of matrices, tap by tap, with the sums that a batch norm needs.
 //
-// They round as the plain code does: Winograd's errors (winograd.cpp) decide more near ties of a later max pooling the
-// other way.
-#include <cstdlib>
-
+// In float32 they round as the plain code does: Winograd's errors (winograd.cpp) decide more near ties of a later max
+// pooling the other way. In bfloat16 pairs are multiplied twice as fast, which is what Winograd would save.
 #include "arithmetic.h"
 
-// y [places, n_out] = the convolution of x [places, n] along the lines, weights [3, n, n_out]; n_out a multiple of 16.
-// The sums of the result and of its square are added to sums [2, n_out].
-extern "C" void dense_convolve(bool, const float* x, const float* weights, float* y, double* sums, long outer,
-                               long size, long inner, long n, long n_out, long threads) {
-    // Places that follow each other and have the same neighbours: a line, or parts of what lies behind an axis.
-    bool lines = inner == 1;
-    long run = lines ? size : inner, length = lines ? size : std::min<long>(BLOCK, inner);
-    long blocks = (run + length - 1) / length;
+namespace {
+
+// Places that follow each other and have the same neighbours: a line, or of what lies behind an axis at most BLOCK.
+// Blocks follow each other along the axis: two of the three that one reads are still in the cache.
+struct Blocks {
+    Lines lines;
+    bool whole = lines.inner == 1;  // lines
+    long length = whole ? lines.size : std::min<long>(BLOCK, lines.inner);
+    long side_by_side = whole ? 1 : (lines.inner + length - 1) / length;
+
+    long count() const { return lines.outer * side_by_side * (whole ? 1 : lines.size); }
+    long at(long i) const { return whole ? 0 : i % lines.size; }
+    long first(long i) const {
+        if (whole) return i * length;
+        long part = i / lines.size % side_by_side, outer = i / lines.size / side_by_side;
+        return (outer * lines.size + at(i)) * lines.inner + part * length;
+    }
+    long places(long i) const { return whole ? length : std::min(length, lines.inner - first(i) % lines.inner); }
+};
+
+template <class T>
+void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& blocks, long n, long n_out, int threads) {
+    long size = blocks.lines.size, inner = blocks.lines.inner;
     std::vector<Sums> seen(threads, Sums(n_out));
     #pragma omp parallel num_threads(threads)
     {
         Sums& ours = seen[omp_get_thread_num()];
+        std::vector<float> result(blocks.length * n_out);
         #pragma omp for schedule(static)
-        for (long i = 0; i < outer * size * inner / run * blocks; ++i) {
-            long row = i / blocks, first = i % blocks * length, count = std::min(length, run - first);
-            const float* from = x + (row * run + first) * n;
-            float* to = y + (row * run + first) * n_out;
+        for (long i = 0; i < blocks.count(); ++i) {
+            long first = blocks.first(i), count = blocks.places(i);
+            long next = std::min(i + 1, blocks.count() - 1);
+            long coming = blocks.first(next), unread = blocks.whole || blocks.at(next) + 1 == size ? 0 : inner;
             for (long tap : {1, 0, 2}) {
-                long away = tap - 1, at = row % size + away, skip = 0;  // places without a neighbour
-                if (lines) skip = std::abs(away);
-                else if (at < 0 || at >= size) continue;
-                long start = away < 0 ? skip : 0;
-                product(from + (start + away * inner) * n, n, 1, weights + tap * n * n_out, n_out, to + start * n_out,
-                        n_out, count - skip, n_out, n, tap != 1);
+                long away = tap - 1, from = 0, to = count;  // places with this neighbour
+                if (blocks.whole) from += away < 0, to -= away > 0;
+                else if (blocks.at(i) + away < 0 || blocks.at(i) + away >= size) continue;
+                for (long m = from; m < to; m += TALL) {
+                    product(x + (first + m + away * inner) * n, n, 1, weights + tap * n * n_out, n_out,
+                            &result[m * n_out], n_out, std::min<long>(TALL, to - m), n_out, n, tap != 1);
+                    for (long ahead = m + tap * TALL / 3; ahead < std::min(m + (tap + 1) * TALL / 3, count); ++ahead) {
+                        prefetch(x + (coming + unread + ahead) * n, n);
+                        prefetch(y + (coming + ahead) * n_out, n_out);
+                    }
+                }
             }
-            for (long m = 0; m < count; ++m) ours.see(to + m * n_out);
+            for (long m = 0; m < count; ++m) {
+                ours.see(&result[m * n_out]);
+                put_row(&result[m * n_out], n_out, y + (first + m) * n_out, false);
+            }
             ours.end_block();
         }
     }
     for (const Sums& of_thread : seen) of_thread.add_to(sums);
+}
+
+}  // namespace
+
+// y [places, n_out] = the convolution of x [places, n] along the lines; n_out a multiple of 16. Weights are [3, n, n_out],
+// those of bfloat16 [3, n / 2, n_out] of pairs along n. The sums of the result and of its square are added to sums
+// [2, n_out]. Returns whether it does this in bfloat16.
+extern "C" void dense_convolve(bool half, const void* x, const void* weights, void* y, double* sums, long outer,
+                               long size, long inner, long n, long n_out, long threads) {
+    Blocks blocks{{outer, size, inner}};
+#ifdef __AVX512BF16__
+    if (half)
+        return convolve((const bfloat16*)x, (const bfloat16*)weights, (bfloat16*)y, sums, blocks, n, n_out, threads);
+#endif
+    convolve((const float*)x, (const float*)weights, (float*)y, sums, blocks, n, n_out, threads);
 }

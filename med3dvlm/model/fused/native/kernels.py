@@ -47,7 +47,6 @@ def convolve(
     axis: str,
     bias: Tensor | None = None,
     add_to: Tensor | None = None,
-    combined: tuple[Tensor, Tensor] | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
     """A convolution along one axis: [B, D, H, W, C] -> [B, D, H, W, C'].
@@ -57,7 +56,6 @@ def convolve(
         weights: of `prepare`.
         bias: [C'], float32.
         add_to: the result is added to this tensor, which is returned.
-        combined: (z like x, scale [3, C] float32): scale[0] * x + scale[1] * z + scale[2] takes the place of x (dense).
         sums: [2, C'] float64, to which the sums of the result and of its square are added.
     """
     y = x.new_empty(*x.shape[:-1], weights.shape[-1]) if add_to is None else add_to
@@ -65,14 +63,21 @@ def convolve(
     if weights.ndim == 2:
         _call("depthwise_convolve", x, x, *rest, len(weights))
     else:
-        _call("winograd_convolve", x, x, *(combined or (None, None)), *rest, weights.shape[-1])
+        _call("winograd_convolve", x, x, *rest, weights.shape[-1])
     return y
 
 
-def convolve_exactly(x: Tensor, kernel: Tensor, axis: str, sums: Tensor) -> Tensor:
-    """`convolve` without Winograd's rounding, of x and a dense kernel [C', C, 3] in float32."""
+def takes_directly(dtype: torch.dtype) -> bool:
+    """Whether `convolve_directly` takes this dtype; bfloat16 where it is multiplied in pairs."""
+    return dtype == torch.float32 or build.library().bfloat16_products() == 1
+
+
+def convolve_directly(x: Tensor, kernel: Tensor, axis: str, sums: Tensor) -> Tensor:
+    """`convolve` without Winograd's rounding, of x and a dense kernel [C', C, 3] in its dtype."""
     y = x.new_empty(*x.shape[:-1], len(kernel))
     weights = kernel.permute(2, 1, 0).contiguous()  # [3, C, C']
+    if x.dtype == torch.bfloat16:
+        weights = weights.view(3, -1, 2, len(kernel)).transpose(2, 3).contiguous()
     _call("dense_convolve", x, x, weights, y, sums, *lines(x, axis), x.shape[-1], len(kernel))
     return y
 
@@ -122,18 +127,41 @@ def depthwise_sum(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def kernel_gradient(
-    x: Tensor, dy: Tensor, kernel: Tensor, axis: str, combined: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """The gradient of a kernel, like it, from input and output gradient [B, D, H, W, .]; `combined` concerns dy."""
-    if kernel.shape[1] == 1:
-        taps = torch.zeros(kernel.shape[-1], len(kernel))
-        _call("depthwise_kernel_gradient", x, x, dy, taps, *lines(x, axis), x.shape[-1], len(taps))
-        return taps.T.unsqueeze(1).to(kernel.dtype)
+def kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str) -> Tensor:
+    """The gradient of a kernel, like it, from input and output gradient [B, D, H, W, .]."""
+    if kernel.shape[1] > 1:
+        return dense_gradients(x, dy, kernel, axis)[1]
+    taps = torch.zeros(kernel.shape[-1], len(kernel))
+    _call("depthwise_kernel_gradient", x, x, dy, taps, *lines(x, axis), x.shape[-1], len(taps))
+    return taps.T.unsqueeze(1).to(kernel.dtype)
+
+
+def dense_gradients(
+    x: Tensor,
+    dy: Tensor,
+    kernel: Tensor,
+    axis: str,
+    back: Tensor | None = None,
+    add_to: Tensor | None = None,
+    combined: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the input and of a dense kernel, like them.
+
+    Args:
+        x: the input, [B, D, H, W, C].
+        dy: the output's gradient, [B, D, H, W, C'].
+        kernel: [C', C, 3].
+        axis: along which the convolution is.
+        back: `prepare` of the kernel that takes a gradient back; without it that of the input is none.
+        add_to: the input's gradient is added to this tensor, which is returned.
+        combined: (z like dy, scale [3, C'] float32): scale[0] * dy + scale[1] * z + scale[2] takes the place of dy.
+    """
     weights = torch.zeros(len(SPREAD), x.shape[-1], len(kernel))
+    dx = torch.empty_like(x) if add_to is None and back is not None else add_to
     sizes = (*lines(x, axis), x.shape[-1], len(kernel))
-    _call("winograd_kernel_gradient", x, x, dy, *(combined or (None, None)), weights, *sizes)
-    return torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
+    z, scale = combined or (None, None)
+    _call("winograd_gradients", x, x, dy, z, scale, back, dx, add_to is not None, weights, *sizes)
+    return dx, torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
 
 
 def normalised_sum(z: list[Tensor], scale: Tensor, shift: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ struct Plain {
     const T* x;
     long n;
     lanes read(long place, long c) const { return load_some(x + place * n + c, n - c); }
+    void fetch(long place) const { prefetch(x + place * n, n); }
 };
 
 // or scale[0] * x + scale[1] * z + scale[2] per channel, as the gradient of a batch norm is.
@@ -30,6 +31,10 @@ struct Combined {
         return load(scale + c) * load(x + place * n + c) + load(scale + n + c) * load(z + place * n + c) +
                load(scale + 2 * n + c);
     }
+    void fetch(long place) const {
+        prefetch(x + place * n, n);
+        prefetch(z + place * n, n);
+    }
 };
 
 template <class T, class F>
@@ -38,84 +43,113 @@ void with_source(const T* x, const T* z, const float* scale, long n, F f) {
     else f(Plain<T>{x, n});
 }
 
-// Four neighbouring places along the axis: the `row`-th such group of all lines.
+// Four neighbouring places along the axis: the `row`-th such group of all lines. Groups that follow each other lie side
+// by side, those of BLOCK lines, and then along the axis: a block finds its neighbours where the one before left them.
 struct Group {
     long start, step, at, size;  // first place, distance of the next, its index in the line, the line's length
 
     Group(const Lines& lines, long row) : step(lines.inner), size(lines.size) {
-        long groups = (size + OUT - 1) / OUT, inner = row % step, group = row / step % groups;
-        at = OUT * group;
-        start = (row / step / groups * size + at) * step + inner;
+        long groups = (size + OUT - 1) / OUT, outer = row / (groups * step), rest = row % (groups * step);
+        long first = rest / (groups * BLOCK) * BLOCK, side_by_side = std::min<long>(BLOCK, step - first);
+        rest -= first * groups;
+        at = OUT * (rest / side_by_side);
+        start = (outer * size + at) * step + first + rest % side_by_side;
     }
     static long count(const Lines& lines) { return lines.outer * ((lines.size + OUT - 1) / OUT) * lines.inner; }
     bool holds(int j) const { return 0 <= at + j && at + j < size; }
     long place(int j) const { return start + j * step; }
 
-    // What the source has at the j-th place, zeros where the line has ended.
+    // Calls for what is read of the source, but for what the group before along the axis has called for.
     template <class S>
-    lanes read(const S& source, int j, long c) const { return holds(j) ? source.read(place(j), c) : lanes{}; }
+    void fetch(const S& source) const {
+        for (int j = 1; j <= OUT && holds(j); ++j) source.fetch(place(j));
+    }
+
+    // Calls for what will be changed of y [.., n].
+    template <class T>
+    void fetch(T* y, long n) const {
+        for (int j = 0; j < OUT && holds(j); ++j) prefetch(y + place(j) * n, n);
+    }
+
+    // Calls f with whether both neighbours and all four places exist, as a constant: most have no border to look for.
+    template <class F>
+    void with_inside(F f) const {
+        if (holds(-1) && holds(OUT)) f(std::true_type{});
+        else f(std::false_type{});
+    }
+
+    // What the source has at the six places of and around the group, zeros where the line has ended.
+    template <class S>
+    void read(const S& source, long c, bool inside, lanes (&x)[POINTS]) const {
+        #pragma GCC unroll 6
+        for (int j = 0; j < POINTS; ++j) x[j] = inside || holds(j - 1) ? source.read(place(j - 1), c) : lanes{};
+    }
 };
 
-// v[p * step + c] = (B x)[p, c], x the six places of and around a group
-template <class S>
-void spread_inputs(const S& source, const Group& group, float* v, long step) {
-    for (long c = 0; c < source.n; c += LANES) {
-        lanes x[POINTS];
-        #pragma GCC unroll 6
-        for (int j = 0; j < POINTS; ++j) x[j] = group.read(source, j - 1, c);
-        lanes even = x[4] - P2 * x[2], odd = Q * x[3] - P * x[1];
-        lanes even2 = x[4] - Q2 * x[2], odd2 = P * x[3] - Q * x[1];
-        store(v + c, x[0] - (P2 + Q2) * x[2] + x[4]);
-        store(v + step + c, even2 + odd2);
-        store(v + 2 * step + c, even2 - odd2);
-        store(v + 3 * step + c, even + odd);
-        store(v + 4 * step + c, even - odd);
-        store(v + 5 * step + c, x[1] - (P2 + Q2) * x[3] + x[5]);
-    }
+// v[p * step] = (B x)[p], x the six places of and around a group
+inline void spread_inputs(const lanes (&x)[POINTS], float* v, long step) {
+    lanes even = x[4] - P2 * x[2], odd = Q * x[3] - P * x[1];
+    lanes even2 = x[4] - Q2 * x[2], odd2 = P * x[3] - Q * x[1];
+    store(v, x[0] - (P2 + Q2) * x[2] + x[4]);
+    store(v + step, even2 + odd2);
+    store(v + 2 * step, even2 - odd2);
+    store(v + 3 * step, even + odd);
+    store(v + 4 * step, even - odd);
+    store(v + 5 * step, x[1] - (P2 + Q2) * x[3] + x[5]);
 }
 
-// v[p * step + c] = (A d)[p, c], d the four places of a group
-template <class S>
-void spread_gradients(const S& source, const Group& group, float* v, long step) {
-    for (long c = 0; c < source.n; c += LANES) {
-        lanes d[OUT];
-        #pragma GCC unroll 4
-        for (int j = 0; j < OUT; ++j) d[j] = group.read(source, j, c);
-        lanes even = d[0] + P2 * d[2], odd = P * (d[1] + P2 * d[3]);
-        lanes even2 = d[0] + Q2 * d[2], odd2 = Q * (d[1] + Q2 * d[3]);
-        store(v + c, d[0]);
-        store(v + step + c, even + odd);
-        store(v + 2 * step + c, even - odd);
-        store(v + 3 * step + c, even2 + odd2);
-        store(v + 4 * step + c, even2 - odd2);
-        store(v + 5 * step + c, d[3]);
-    }
+// z[p * step] = (A d)[p], d the four places of a group, after one before it
+inline void spread_gradients(const lanes (&d)[POINTS], float* z, long step) {
+    lanes even = d[1] + P2 * d[3], odd = P * (d[2] + P2 * d[4]);
+    lanes even2 = d[1] + Q2 * d[3], odd2 = Q * (d[2] + Q2 * d[4]);
+    store(z, d[1]);
+    store(z + step, even + odd);
+    store(z + 2 * step, even - odd);
+    store(z + 3 * step, even2 + odd2);
+    store(z + 4 * step, even2 - odd2);
+    store(z + 5 * step, d[4]);
+}
+
+// u[p] = v[p] weights[p], [count, n_out] = [count, n] [n, n_out], p * BLOCK rows behind the first. While it multiplies,
+// `meanwhile` is called with 0, 1, .. BLOCK - 1, to fetch what the next block will read.
+template <class F>
+void products(const float* v, long v_row, const float* weights, float* u, long count, long n, long n_out, F meanwhile) {
+    static_assert(BLOCK % TALL == 0 && POINTS * (BLOCK / TALL) == BLOCK);
+    for (int p = 0; p < POINTS; ++p)
+        for (long m = 0; m < count; m += TALL) {
+            product(v + (p * BLOCK + m) * v_row, v_row, 1, weights + p * n * n_out, n_out, u + (p * BLOCK + m) * n_out,
+                    n_out, std::min<long>(TALL, count - m), n_out, n, false);
+            meanwhile(p * (BLOCK / TALL) + m / TALL);
+        }
 }
 
 // A group of y [.., n] (+)= A' u + bias; sums see the result, of which this may be the first group in a block.
 template <class T>
 void collect(const float* u, long step, const float* bias, const Group& group, T* y, bool add, Sums* sums, bool first,
              long n) {
-    for (long c = 0; c < n; c += LANES) {
-        lanes u1 = load(u + step + c), u2 = load(u + 2 * step + c), u3 = load(u + 3 * step + c);
-        lanes u4 = load(u + 4 * step + c), even = u1 + u2, odd = P * (u1 - u2), even2 = u3 + u4, odd2 = Q * (u3 - u4);
-        lanes results[OUT] = {load(u + c) + even + even2, odd + odd2, P2 * even + Q2 * even2,
-                              P2 * odd + Q2 * odd2 + load(u + 5 * step + c)};
-        #pragma GCC unroll 4
-        for (int j = 0; j < OUT; ++j) {
-            if (!group.holds(j)) break;
-            T* to = y + group.place(j) * n + c;
-            if (bias) results[j] += load(bias + c);
-            if (sums) sums->see(c, results[j], first && j == 0);
-            store(to, add ? load(to) + results[j] : results[j]);
+    group.with_inside([&](auto inside) {
+        for (long c = 0; c < n; c += LANES) {
+            lanes u1 = load(u + step + c), u2 = load(u + 2 * step + c), u3 = load(u + 3 * step + c);
+            lanes u4 = load(u + 4 * step + c), even = u1 + u2, odd = P * (u1 - u2), even2 = u3 + u4;
+            lanes odd2 = Q * (u3 - u4);
+            lanes results[OUT] = {load(u + c) + even + even2, odd + odd2, P2 * even + Q2 * even2,
+                                  P2 * odd + Q2 * odd2 + load(u + 5 * step + c)};
+            #pragma GCC unroll 4
+            for (int j = 0; j < OUT; ++j) {
+                if (!inside && !group.holds(j)) break;
+                T* to = y + group.place(j) * n + c;
+                if (bias) results[j] += load(bias + c);
+                if (sums) sums->see(c, results[j], first && j == 0);
+                store(to, add ? load(to) + results[j] : results[j]);
+            }
         }
-    }
+    });
 }
 
-template <class T, class S>
-void convolve(const S& source, const Lines& lines, const float* weights, const float* bias, T* y, bool add,
+template <class T>
+void convolve(const Plain<T>& x, const Lines& lines, const float* weights, const float* bias, T* y, bool add,
               double* sums, long n_out, int threads) {
-    long rows = Group::count(lines), n = source.n, wide = round_up(n, LANES);
+    long rows = Group::count(lines), n = x.n, wide = round_up(n, LANES);
     std::vector<Sums> seen(threads, Sums(n_out));
     #pragma omp parallel num_threads(threads)
     {
@@ -124,11 +158,22 @@ void convolve(const S& source, const Lines& lines, const float* weights, const f
         #pragma omp for schedule(static)
         for (long start = 0; start < rows; start += BLOCK) {
             long count = std::min<long>(BLOCK, rows - start);
-            for (long m = 0; m < count; ++m)
-                spread_inputs(source, Group(lines, start + m), &v[m * wide], BLOCK * wide);
-            for (int p = 0; p < POINTS; ++p)
-                product(&v[p * BLOCK * wide], wide, 1, weights + p * n * n_out, n_out, &u[p * BLOCK * n_out], n_out,
-                        count, n_out, n, false);
+            for (long m = 0; m < count; ++m) {
+                Group group(lines, start + m);
+                group.with_inside([&](auto inside) {
+                    for (long c = 0; c < n; c += LANES) {
+                        lanes places[POINTS];
+                        group.read(x, c, inside, places);
+                        spread_inputs(places, &v[m * wide + c], BLOCK * wide);
+                    }
+                });
+            }
+            products(v.data(), wide, weights, u.data(), count, n, n_out, [&](long m) {
+                if (start + BLOCK + m >= rows) return;
+                Group next(lines, start + BLOCK + m);
+                next.fetch(x);
+                next.fetch(y, n_out);
+            });
             for (long m = 0; m < count; ++m)
                 collect(&u[m * n_out], BLOCK * n_out, bias, Group(lines, start + m), y, add, sums ? &ours : nullptr,
                         m == 0, n_out);
@@ -139,56 +184,77 @@ void convolve(const S& source, const Lines& lines, const float* weights, const f
         for (const Sums& of_thread : seen) of_thread.add_to(sums);
 }
 
+// Both gradients in one pass, as they share what is read: dx, unless null, by the weights `back` [6, n_out, n].
 template <class T, class S>
-void kernel_gradient(const Plain<T>& x, const S& dy, const Lines& lines, float* result, int threads) {
+void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* back, T* dx, bool add, float* result,
+               int threads) {
     long rows = Group::count(lines), n = x.n, n_out = dy.n, wide = round_up(n, LANES), size = POINTS * n * n_out;
-    std::vector<float> sums(size * threads);
+    std::vector<float> totals(size * threads);
     #pragma omp parallel num_threads(threads)
     {
         std::vector<float> v(POINTS * BLOCK * wide), z(POINTS * BLOCK * n_out);
-        float* ours = &sums[size * omp_get_thread_num()];
+        std::vector<float> of_dy(dx ? z.size() : 0), u(dx ? v.size() : 0);
+        float* ours = &totals[size * omp_get_thread_num()];
         #pragma omp for schedule(static)
         for (long start = 0; start < rows; start += BLOCK) {
             long count = std::min<long>(BLOCK, rows - start);
             for (long m = 0; m < count; ++m) {
                 Group group(lines, start + m);
-                spread_inputs(x, group, &v[m * wide], BLOCK * wide);
-                spread_gradients(dy, group, &z[m * n_out], BLOCK * n_out);
+                group.with_inside([&](auto inside) {
+                    lanes places[POINTS];
+                    for (long c = 0; c < n; c += LANES) {
+                        group.read(x, c, inside, places);
+                        spread_inputs(places, &v[m * wide + c], BLOCK * wide);
+                    }
+                    for (long c = 0; c < n_out; c += LANES) {
+                        group.read(dy, c, inside, places);
+                        spread_gradients(places, &z[m * n_out + c], BLOCK * n_out);
+                        if (dx) spread_inputs(places, &of_dy[m * n_out + c], BLOCK * n_out);
+                    }
+                });
             }
             for (int p = 0; p < POINTS; ++p)
                 product(&v[p * BLOCK * wide], 1, wide, &z[p * BLOCK * n_out], n_out, ours + p * n * n_out, n_out, n,
                         n_out, count, true);
+            if (!dx) continue;
+            products(of_dy.data(), n_out, back, u.data(), count, n_out, n, [&](long m) {
+                if (start + BLOCK + m >= rows) return;
+                Group next(lines, start + BLOCK + m);
+                next.fetch(x);
+                next.fetch(dy);
+                next.fetch(dx, n);
+            });
+            for (long m = 0; m < count; ++m)
+                collect(&u[m * n], BLOCK * n, nullptr, Group(lines, start + m), dx, add, nullptr, false, n);
         }
     }
     for (int thread = 0; thread < threads; ++thread)
-        for (long i = 0; i < size; ++i) result[i] += sums[thread * size + i];
+        for (long i = 0; i < size; ++i) result[i] += totals[thread * size + i];
 }
 
 }  // namespace
 
 extern "C" {
 
-// y (+)= the convolution of x (or of the combination of x and z) along the lines. weights [6, n, n_out], bias [n_out]
-// or null, sums [2, n_out] or null: the sums of the result and of its square are added to them.
-void winograd_convolve(bool half, const void* x, const void* z, const float* scale, const float* weights,
-                       const float* bias, void* y, bool add, double* sums, long outer, long size, long inner, long n,
-                       long n_out, long threads) {
+// y (+)= the convolution of x along the lines. weights [6, n, n_out], bias [n_out] or null, sums [2, n_out] or null: the
+// sums of the result and of its square are added to them.
+void winograd_convolve(bool half, const void* x, const float* weights, const float* bias, void* y, bool add,
+                       double* sums, long outer, long size, long inner, long n, long n_out, long threads) {
     with_storage(half, [&](auto storage) {
         using T = decltype(storage);
-        with_source((const T*)x, (const T*)z, scale, n, [&](auto source) {
-            convolve(source, {outer, size, inner}, weights, bias, (T*)y, add, sums, n_out, threads);
-        });
+        convolve(Plain<T>{(const T*)x, n}, {outer, size, inner}, weights, bias, (T*)y, add, sums, n_out, threads);
     });
 }
 
-// result [6, n, n_out] += the gradient of the weights, from the input x and the output's gradient dy (or its
-// combination with z).
-void winograd_kernel_gradient(bool half, const void* x, const void* dy, const void* z, const float* scale,
-                              float* result, long outer, long size, long inner, long n, long n_out, long threads) {
+// From the input x and the output's gradient dy (or its combination with z): result [6, n, n_out] += the gradient of the
+// weights, and unless null dx (+)= that of x by the weights back [6, n_out, n].
+void winograd_gradients(bool half, const void* x, const void* dy, const void* z, const float* scale, const float* back,
+                        void* dx, bool add, float* result, long outer, long size, long inner, long n, long n_out,
+                        long threads) {
     with_storage(half, [&](auto storage) {
         using T = decltype(storage);
         with_source((const T*)dy, (const T*)z, scale, n_out, [&](auto source) {
-            kernel_gradient(Plain<T>{(const T*)x, n}, source, {outer, size, inner}, result, threads);
+            gradients(Plain<T>{(const T*)x, n}, source, {outer, size, inner}, back, (T*)dx, add, result, threads);
         });
     });
 }
