@@ -46,7 +46,7 @@ def dtype(request):
 @pytest.mark.parametrize("axis", ["h", "w", "d"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sizes", [(20, 32, 3), (32, 16, 3), (48, 1, 3), (16, 1, 13)], ids=str)
-def test_a_convolution_and_its_gradient(dtype, sizes, shape, axis):
+def test_a_convolution(dtype, sizes, shape, axis):
     channels, second, length = sizes
     depthwise = second == 1
     kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length, requires_grad=True)
@@ -61,10 +61,6 @@ def test_a_convolution_and_its_gradient(dtype, sizes, shape, axis):
     torch.testing.assert_close(sums[1], (y + bias).square().sum(places), rtol=1e-5, atol=0)
     assert kernels.convolve(x, kernels.prepare(kernel.detach()), axis, add_to=found) is found
     assert near(found, 2 * y + bias, dtype)
-
-    dy = torch.randn(y.shape).to(dtype)
-    (gradient,) = torch.autograd.grad(y, kernel, dy.double())
-    assert near(kernels.kernel_gradient(x, dy, kernel.detach(), axis), gradient)
 
 
 @needs_kernels
@@ -89,25 +85,26 @@ def test_a_convolution_without_winograds_rounding(dtype, channels, second, threa
 @needs_kernels
 @pytest.mark.parametrize("axis", ["h", "w", "d"])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 5, 6, 25)])
-@pytest.mark.parametrize("channels, second, threads", [(16, 32, 1), (48, 16, 3)])
-def test_gradients_of_a_dense_convolution(dtype, channels, second, threads, shape, axis):
+@pytest.mark.parametrize("sizes", [(16, 32, 3), (48, 16, 3), (48, 1, 3), (16, 1, 7), (32, 1, 13)], ids=str)
+def test_gradients_of_a_convolution(dtype, sizes, shape, axis):
     """Of the input, added to what is there, and of the kernel, from a combination that is 0 beyond the border."""
+    channels, second, length = sizes
+    depthwise = second == 1
+    kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length, requires_grad=True)
+    dy, z = (torch.randn(*shape, len(kernel)).to(dtype) for _ in range(2))
     x, before = (torch.randn(*shape, channels).to(dtype) for _ in range(2))
-    dy, z = (torch.randn(*shape, second).to(dtype) for _ in range(2))
-    scale = torch.randn(3, second)
+    scale, given = torch.randn(3, len(kernel)), x.double().requires_grad_()
     combination = scale[0] * dy.double() + scale[1] * z.double() + scale[2]
-    kernel, given = torch.randn(second, channels, 3, requires_grad=True), x.double().requires_grad_()
-    y = expected(given, kernel, axis)
-    of_input, of_kernel = torch.autograd.grad(y, (given, kernel), combination)
-    back, into = kernels.prepare(branches.transposed(kernel.detach())), before.clone()
-    with on_threads(threads):
-        d_input, d_kernel = kernels.dense_gradients(x, dy, kernel.detach(), axis, back, into, (z, scale))
-        new, again = kernels.dense_gradients(x, dy, kernel.detach(), axis, back, combined=(z, scale))
-        none, without = kernels.dense_gradients(x, dy, kernel.detach(), axis, combined=(z, scale))
-    assert d_input is into and none is None
-    assert near(d_input, before.double() + of_input, dtype) and near(new, of_input, dtype)
-    for found in (d_kernel, again, without):
-        assert near(found, of_kernel)
+    of_input, of_kernel = torch.autograd.grad(expected(given, kernel, axis), (given, kernel), combination)
+    back = kernels.prepare(branches.transposed(kernel.detach(), channels if depthwise else 1))
+    for threads, into in ((1, None), (3, before.clone())):
+        with on_threads(threads):
+            d_input, d_kernel = kernels.gradients(x, dy, (z, scale), kernel.detach(), back, axis, into)
+        assert near(d_input, of_input if into is None else before.double() + of_input, dtype)
+        assert near(d_kernel, of_kernel) and (into is None or d_input is into)
+    if not depthwise:
+        (alone,) = torch.autograd.grad(expected(given, kernel, axis), kernel, dy.double())
+        assert near(kernels.kernel_gradient(x, dy, kernel.detach(), axis), alone)
 
 
 @needs_kernels
@@ -133,13 +130,6 @@ def test_max_pooling(dtype, shape):
     reference = F.max_pool3d(x.movedim(-1, 1), 3, stride=2, padding=1).movedim(1, -1)
     assert kernels.take_dtype(dtype) and not kernels.take_dtype(torch.float64)
     torch.testing.assert_close(kernels.max_pool(x), reference, rtol=0, atol=0, equal_nan=True)
-
-
-@needs_kernels
-def test_a_combination_of_tensors(dtype):
-    x, z, scale = torch.randn(2, 3, 7, 5, 16).to(dtype), torch.randn(2, 3, 7, 5, 16).to(dtype), torch.randn(3, 16)
-    combination = scale[0] * x.double() + scale[1] * z.double() + scale[2]
-    assert near(kernels.combine(x, z, scale), combination, dtype)
 
 
 @needs_kernels

@@ -134,13 +134,8 @@ class NativeBranches(Branches):
         for i, axis in enumerate(AXES):  # the gradient of a branch's output is affine[i] of dy and z
             kernel, combined = self.kernels[axis], (z[axis], affine[i])
             back = native.prepare(transposed(kernel, self.groups))
-            if self.groups > 1:
-                gradient = native.combine(dy, *combined)
-                d_kernels.append(native.kernel_gradient(x, gradient, kernel, axis))
-                dx = native.convolve(gradient, back, axis, add_to=dx)
-            else:
-                dx, d_kernel = native.dense_gradients(x, dy, kernel, axis, back, dx, combined)
-                d_kernels.append(d_kernel)
+            dx, d_kernel = native.gradients(x, dy, combined, kernel, back, axis, add_to=dx)
+            d_kernels.append(d_kernel)
         no_effect = [torch.zeros_like(bias) for bias in self.biases.values()]
         return dx, [*d_kernels, *no_effect, *d_weights.to(dtype), *[total.to(dtype)] * len(AXES)]
 

@@ -168,6 +168,7 @@ inline void product(const bfloat16* a, long a_row, long, const bfloat16* b, long
 struct Lines {
     long outer, size, inner;
     long places() const { return outer * size * inner; }
+    long start(long i) const { return i / inner * size * inner + i % inner; }  // the first place of the i-th line
 };
 
 // Sums over places of each channel and of its square. In a block they are taken in float32 about the block's first row,
@@ -192,13 +193,14 @@ public:
     }
 
     void end_block() {
-        for (long c = 0; c < channels; ++c) {
-            double first = part[c], sum = part[channels + c], square = part[2 * channels + c];
-            total[c] += sum + count * first;
-            total[channels + c] += square + 2 * first * sum + count * first * first;
-        }
+        for (long c = 0; c < channels; ++c) add(c, part[c], part[channels + c], part[2 * channels + c], count);
         std::fill(part.begin(), part.end(), 0.f);
         count = 0;
+    }
+
+    // LANES channels of `places` places, from c on: one of them, and sums of the differences from it.
+    void add_block(long c, lanes one, lanes sum, lanes square, long places) {
+        for (long i = 0; i < LANES; ++i) add(c + i, one[i], sum[i], square[i], places);
     }
 
     // Adds the sums [channels] and those of squares [channels].
@@ -207,6 +209,11 @@ public:
     }
 
 private:
+    void add(long c, double one, double sum, double square, long places) {
+        total[c] += sum + places * one;
+        total[channels + c] += square + 2 * one * sum + places * one * one;
+    }
+
     long channels, count = 0;
     std::vector<float> part;
     std::vector<double> total;

@@ -3,98 +3,134 @@
 
 namespace {
 
-template <class T>
+// LANES channels of one line, which may have gaps in memory: a copy without, as float32, zeros before and after.
+template <int LENGTH>
+struct Line {
+    static constexpr int HALF = LENGTH / 2;
+    std::vector<float> copy;
+
+    explicit Line(long size) : copy((size + LENGTH - 1) * LANES) {}
+
+    template <class T>
+    void read(const T* x, long size, long step) {
+        for (long at = 0; at < size; ++at) store(&copy[(at + HALF) * LANES], load(x + at * step));
+    }
+
+    // scale[0] * x + scale[1] * z + scale[2], scale [3, n]
+    template <class T>
+    void read(const T* x, const T* z, const float* scale, long n, long size, long step) {
+        for (long at = 0; at < size; ++at)
+            store(&copy[(at + HALF) * LANES], load(scale) * load(x + at * step) + load(scale + n) * load(z + at * step) +
+                                                  load(scale + 2 * n));
+    }
+    lanes at(long i) const { return load(&copy[i * LANES]); }  // HALF before the place i
+};
+
+template <int LENGTH, class T>
 void convolve(const T* x, const Lines& lines, const float* taps, const float* bias, T* y, bool add, double* sums,
-              long n, long length, int threads) {
+              long n, int threads) {
     std::vector<Sums> seen(threads, Sums(n));
-    long half = length / 2;
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> row(n);
+        Line<LENGTH> line(lines.size);
         Sums& ours = seen[omp_get_thread_num()];
         #pragma omp for schedule(static)
-        for (long start = 0; start < lines.places(); start += BLOCK) {
-            for (long place = start; place < std::min(start + BLOCK, lines.places()); ++place) {
-                long at = place / lines.inner % lines.size;
-                long first = std::max(0L, half - at), last = std::min(length, lines.size - at + half);
-                const T* from = x + (place - half * lines.inner) * n;
-                for (long c = 0; c < n; c += LANES) {
-                    lanes sum = bias ? load(bias + c) : lanes{};
-                    for (long t = first; t < last; ++t)
-                        sum += load(taps + t * n + c) * load(from + t * lines.inner * n + c);
-                    *(lanes*)&row[c] = sum;
+        for (long i = 0; i < lines.outer * lines.inner; ++i)
+            for (long c = 0; c < n; c += LANES) {
+                long start = lines.start(i) * n + c, step = lines.inner * n;
+                line.read(x + start, lines.size, step);
+                lanes tap[LENGTH], begin = bias ? load(bias + c) : lanes{}, first{}, sum{}, square{};
+                #pragma GCC unroll 16
+                for (int t = 0; t < LENGTH; ++t) tap[t] = load(taps + t * n + c);
+                for (long at = 0; at < lines.size; ++at) {
+                    lanes result = begin;
+                    #pragma GCC unroll 16
+                    for (int t = 0; t < LENGTH; ++t) result += tap[t] * line.at(at + t);
+                    T* to = y + start + at * step;
+                    store(to, add ? load(to) + result : result);
+                    if (at == 0) first = result;
+                    result -= first;
+                    sum += result;
+                    square += result * result;
                 }
-                put_row(row.data(), n, y + place * n, add);
-                if (sums) ours.see(row.data());
+                if (sums) ours.add_block(c, first, sum, square, lines.size);
             }
-            if (sums) ours.end_block();
-        }
     }
     if (sums)
         for (const Sums& of_thread : seen) of_thread.add_to(sums);
 }
 
+// Both gradients in one pass, as they share what is read: dx by the taps `back`.
 template <int LENGTH, class T>
-void kernel_gradient(const T* x, const T* dy, const Lines& lines, float* result, long n, int threads) {
-    constexpr int HALF = LENGTH / 2;
+void gradients(const T* x, const T* dy, const T* z, const float* scale, const float* back, const Lines& lines, T* dx,
+               bool add, float* result, long n, int threads) {
     std::vector<float> all(threads * LENGTH * n);
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> line((lines.size + LENGTH - 1) * LANES);  // zeros before and after
+        Line<LENGTH> of_x(lines.size), of_dy(lines.size);
         float* ours = &all[omp_get_thread_num() * LENGTH * n];
         #pragma omp for schedule(static)
-        for (long i = 0; i < lines.outer * lines.inner; ++i) {
-            long start = (i / lines.inner * lines.size * lines.inner + i % lines.inner) * n, step = lines.inner * n;
+        for (long i = 0; i < lines.outer * lines.inner; ++i)
             for (long c = 0; c < n; c += LANES) {
-                for (long at = 0; at < lines.size; ++at)
-                    *(lanes*)&line[(at + HALF) * LANES] = load(x + start + at * step + c);
-                lanes sums[LENGTH];
+                long start = lines.start(i) * n + c, step = lines.inner * n;
+                of_x.read(x + start, lines.size, step);
+                of_dy.read(dy + start, z + start, scale + c, n, lines.size, step);
+                lanes sums[LENGTH], tap[LENGTH];
                 #pragma GCC unroll 16
                 for (int t = 0; t < LENGTH; ++t) sums[t] = load(ours + t * n + c);
-                for (long at = 0; at < lines.size; ++at) {
-                    lanes gradient = load(dy + start + at * step + c);
+                for (long at = 0; at < lines.size; ++at)
                     #pragma GCC unroll 16
-                    for (int t = 0; t < LENGTH; ++t) sums[t] += gradient * load(&line[(at + t) * LANES]);
-                }
+                    for (int t = 0; t < LENGTH; ++t) sums[t] += of_dy.at(at + LENGTH / 2) * of_x.at(at + t);
                 #pragma GCC unroll 16
-                for (int t = 0; t < LENGTH; ++t) *(lanes*)(ours + t * n + c) = sums[t];
+                for (int t = 0; t < LENGTH; ++t) store(ours + t * n + c, sums[t]), tap[t] = load(back + t * n + c);
+                for (long at = 0; at < lines.size; ++at) {
+                    lanes gradient{};
+                    #pragma GCC unroll 16
+                    for (int t = 0; t < LENGTH; ++t) gradient += tap[t] * of_dy.at(at + t);
+                    T* to = dx + start + at * step;
+                    store(to, add ? load(to) + gradient : gradient);
+                }
             }
-        }
     }
     for (int thread = 0; thread < threads; ++thread)
         for (long i = 0; i < LENGTH * n; ++i) result[i] += all[thread * LENGTH * n + i];
+}
+
+// Calls f with a length as a constant: 3, 5, .. 13.
+template <int LENGTH = 3, class F>
+void with_length(long length, F f) {
+    if constexpr (LENGTH < 13)
+        if (length > LENGTH) return with_length<LENGTH + 2>(length, f);
+    f(std::integral_constant<int, LENGTH>{});
 }
 
 }  // namespace
 
 extern "C" {
 
-// y (+)= the convolution of x along the lines. taps [length, n], length odd; bias [n] or null; sums [2, n] or null: the
-// sums of the result and of its square are added to them.
+// y (+)= the convolution of x along the lines. taps [length, n], length 3, 5, .. 13; bias [n] or null; sums [2, n] or
+// null: the sums of the result and of its square are added to them.
 void depthwise_convolve(bool half, const void* x, const float* taps, const float* bias, void* y, bool add,
                         double* sums, long outer, long size, long inner, long n, long length, long threads) {
     with_storage(half, [&](auto storage) {
         using T = decltype(storage);
-        convolve((const T*)x, {outer, size, inner}, taps, bias, (T*)y, add, sums, n, length, threads);
+        with_length(length, [&](auto constant) {
+            convolve<constant()>((const T*)x, {outer, size, inner}, taps, bias, (T*)y, add, sums, n, threads);
+        });
     });
 }
 
-// result [length, n] += the gradient of the taps, from the input and the gradient of the output; length 3, 5, .. 13
-void depthwise_kernel_gradient(bool half, const void* x, const void* dy, float* result, long outer, long size,
-                               long inner, long n, long length, long threads) {
+// From the input x and scale[0] * dy + scale[1] * z + scale[2], the output's gradient: result [length, n] += the gradient
+// of the taps, dx (+)= that of x by the taps back [length, n].
+void depthwise_gradients(bool half, const void* x, const void* dy, const void* z, const float* scale, const float* back,
+                         void* dx, bool add, float* result, long outer, long size, long inner, long n, long length,
+                         long threads) {
     with_storage(half, [&](auto storage) {
         using T = decltype(storage);
-        auto run = [&](auto constant) {
-            kernel_gradient<constant()>((const T*)x, (const T*)dy, {outer, size, inner}, result, n, threads);
-        };
-        switch (length) {
-            case 3: run(std::integral_constant<int, 3>{}); break;
-            case 5: run(std::integral_constant<int, 5>{}); break;
-            case 7: run(std::integral_constant<int, 7>{}); break;
-            case 9: run(std::integral_constant<int, 9>{}); break;
-            case 11: run(std::integral_constant<int, 11>{}); break;
-            case 13: run(std::integral_constant<int, 13>{}); break;
-        }
+        with_length(length, [&](auto constant) {
+            gradients<constant()>((const T*)x, (const T*)dy, (const T*)z, scale, back, {outer, size, inner}, (T*)dx, add,
+                                  result, n, threads);
+        });
     });
 }
 }

@@ -127,41 +127,44 @@ def depthwise_sum(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str) -> Tensor:
-    """The gradient of a kernel, like it, from input and output gradient [B, D, H, W, .]."""
-    if kernel.shape[1] > 1:
-        return dense_gradients(x, dy, kernel, axis)[1]
-    taps = torch.zeros(kernel.shape[-1], len(kernel))
-    _call("depthwise_kernel_gradient", x, x, dy, taps, *lines(x, axis), x.shape[-1], len(taps))
-    return taps.T.unsqueeze(1).to(kernel.dtype)
-
-
-def dense_gradients(
+def gradients(
     x: Tensor,
     dy: Tensor,
+    combined: tuple[Tensor, Tensor],
     kernel: Tensor,
+    back: Tensor,
     axis: str,
-    back: Tensor | None = None,
     add_to: Tensor | None = None,
-    combined: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the input and of a dense kernel, like them.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and the kernel of a convolution along one axis, like them.
 
     Args:
         x: the input, [B, D, H, W, C].
-        dy: the output's gradient, [B, D, H, W, C'].
-        kernel: [C', C, 3].
-        axis: along which the convolution is.
-        back: `prepare` of the kernel that takes a gradient back; without it that of the input is none.
+        dy, combined: (z like dy, scale [3, C'] float32), which make the output's gradient [B, D, H, W, C'],
+            scale[0] * dy + scale[1] * z + scale[2].
+        kernel: [C', C, 3], or depth-wise [C, 1, k].
+        back: `prepare` of the kernel that takes a gradient back.
+        axis: "h", "w" or "d".
         add_to: the input's gradient is added to this tensor, which is returned.
-        combined: (z like dy, scale [3, C'] float32): scale[0] * dy + scale[1] * z + scale[2] takes the place of dy.
     """
-    weights = torch.zeros(len(SPREAD), x.shape[-1], len(kernel))
-    dx = torch.empty_like(x) if add_to is None and back is not None else add_to
-    sizes = (*lines(x, axis), x.shape[-1], len(kernel))
-    z, scale = combined or (None, None)
-    _call("winograd_gradients", x, x, dy, z, scale, back, dx, add_to is not None, weights, *sizes)
-    return dx, torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
+    dx = torch.empty_like(x) if add_to is None else add_to
+    return dx, _kernel_gradient(x, dy, kernel, axis, *combined, back, dx, add_to is not None)
+
+
+def kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str) -> Tensor:
+    """That of a dense kernel alone, from the output's gradient itself."""
+    return _kernel_gradient(x, dy, kernel, axis, None, None, None, None, False)
+
+
+def _kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str, *others: Tensor | bool | None) -> Tensor:
+    channels, places = x.shape[-1], lines(x, axis)
+    if kernel.shape[1] == 1:
+        taps = torch.zeros(kernel.shape[-1], channels)
+        _call("depthwise_gradients", x, x, dy, *others, taps, *places, channels, len(taps))
+        return taps.T.unsqueeze(1).to(kernel.dtype)
+    weights = torch.zeros(len(SPREAD), channels, len(kernel))
+    _call("winograd_gradients", x, x, dy, *others, weights, *places, channels, len(kernel))
+    return torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
 
 
 def normalised_sum(z: list[Tensor], scale: Tensor, shift: Tensor) -> Tensor:
@@ -176,13 +179,6 @@ def gradient_sums(dy: Tensor, z: list[Tensor], mean: Tensor) -> Tensor:
     sums = torch.zeros(4, dy.shape[-1], dtype=torch.float64)
     _call("norms_gradient_sums", dy, dy, *z, mean, sums, *_places(dy))
     return sums
-
-
-def combine(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
-    """scale[0] * x + scale[1] * z + scale[2]: [.., C] twice and [3, C] float32 -> [.., C]."""
-    y = torch.empty_like(x)
-    _call("norms_combine", x, x, z, scale, y, *_places(x))
-    return y
 
 
 def take_products(dtype: torch.dtype, channels: int, wide: int, training: bool = False) -> bool:

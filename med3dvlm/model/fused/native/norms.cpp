@@ -48,17 +48,6 @@ void gradient_sums(const T* dy, const T* const z[3], const float* mean, double* 
         for (long c = 0; c < 4 * n; ++c) sums[c] += total[c];
 }
 
-template <class T>
-void combine(const T* x, const T* z, const float* scale, T* y, long places, long n, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long place = 0; place < places; ++place) {
-        const T *a = x + place * n, *b = z + place * n;
-        T* to = y + place * n;
-        #pragma omp simd
-        for (long c = 0; c < n; ++c) put(to[c], scale[c] * get(a[c]) + scale[n + c] * get(b[c]) + scale[2 * n + c]);
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -80,15 +69,6 @@ void norms_gradient_sums(bool half, const void* dy, const void* h, const void* w
         using T = decltype(storage);
         const T* z[3] = {(const T*)h, (const T*)w, (const T*)d};
         gradient_sums((const T*)dy, z, mean, sums, places, n, threads);
-    });
-}
-
-// y = scale[0] * x + scale[1] * z + scale[2], tensors [places, n], scale [3, n]
-void norms_combine(bool half, const void* x, const void* z, const float* scale, void* y, long places, long n,
-                   long threads) {
-    with_storage(half, [&](auto storage) {
-        using T = decltype(storage);
-        combine((const T*)x, (const T*)z, scale, (T*)y, places, n, threads);
     });
 }
 }
