@@ -129,7 +129,21 @@ def test_max_pooling(dtype, shape):
     x.view(-1)[::1003], x.view(-1)[7::2001] = torch.nan, -torch.nan
     reference = F.max_pool3d(x.movedim(-1, 1), 3, stride=2, padding=1).movedim(1, -1)
     assert kernels.take_dtype(dtype) and not kernels.take_dtype(torch.float64)
-    torch.testing.assert_close(kernels.max_pool(x), reference, rtol=0, atol=0, equal_nan=True)
+    for found in (kernels.max_pool(x), kernels.max_pool_with_places(x)[0]):
+        torch.testing.assert_close(found, reference, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 6, 8), (2, 3, 4, 1)])
+def test_gradients_of_max_pooling_go_to_the_first_of_equal_values(dtype, shape):
+    x = torch.randint(3, (*shape, 20)).to(dtype)  # many are equal
+    x[..., 7] = -torch.inf
+    given = x.clone().requires_grad_()
+    y = F.max_pool3d(given.movedim(-1, 1), 3, stride=2, padding=1).movedim(1, -1)
+    dy = torch.randint(-4, 5, y.shape).to(dtype)  # sums are exact
+    y.backward(dy)
+    _, places = kernels.max_pool_with_places(x)
+    assert torch.equal(kernels.max_pool_gradient(dy, places, x.shape), given.grad)
 
 
 @needs_kernels

@@ -6,7 +6,7 @@ Against the plain formulation:
 - a sum of three normalised branches is one node of the graph, which keeps its input and the branches' outputs, or in a
   block the input alone: depth-wise convolutions are cheap to repeat;
 - the feed-forward part keeps its inner values before GELU, not those after;
-- max pooling keeps its places in 32 bits, and not its input;
+- max pooling keeps its places in 8 or 32 bits, and not its input;
 - convolutions, batch norms and the feed-forward part are C++ kernels where there are some (`native`).
 """
 
@@ -156,22 +156,28 @@ def _each(parameters: tuple[Tensor, ...]) -> list[Branches]:
 
 
 class MaxPool(torch.autograd.Function):
-    """Max pooling that halves each axis: [B, D, H, W, C] -> [B, D', H', W', C]."""
+    """Max pooling that halves each axis: [B, D, H, W, C] -> [B, D', H', W', C]. Which inputs it chose is kept."""
 
     WINDOW = ([3, 3, 3], [2, 2, 2], [1, 1, 1])  # size, stride, padding
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        pooled, places = torch.ops.aten.max_pool3d_with_indices(x.movedim(-1, 1), *MaxPool.WINDOW)
+        if native.take_dtype(x.dtype):
+            pooled, places = native.max_pool_with_places(x)
+        else:
+            pooled, places = torch.ops.aten.max_pool3d_with_indices(x.movedim(-1, 1), *MaxPool.WINDOW)
+            pooled, places = pooled.movedim(1, -1).contiguous(), places.to(torch.int32)
         ctx.shape = x.shape
-        ctx.save_for_backward(places.to(torch.int32))
-        return pooled.movedim(1, -1).contiguous()  # [B, D', H', W', C]
+        ctx.save_for_backward(places)
+        return pooled  # [B, D', H', W', C]
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx, dy: Tensor):
         (places,) = ctx.saved_tensors
+        if places.dtype == torch.uint8:
+            return native.max_pool_gradient(dy.contiguous(), places, ctx.shape)
         shaped = dy.new_empty(ctx.shape).movedim(-1, 1)  # stands for the input, of which only the shape is used
         dx = torch.ops.aten.max_pool3d_with_indices_backward(
             dy.movedim(-1, 1), shaped, *MaxPool.WINDOW, [1, 1, 1], False, places.to(torch.int64)

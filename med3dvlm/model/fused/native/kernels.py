@@ -204,10 +204,23 @@ def _multiplies_bfloat16() -> bool:
 
 def max_pool(x: Tensor) -> Tensor:
     """Max pooling over 3x3x3 places, stride 2, padding 1: [B, D, H, W, C] -> [B, D', H', W', C], halves rounded up."""
-    batch, *sizes, channels = x.shape
-    y = x.new_empty(batch, *((size + 1) // 2 for size in sizes), channels)
-    _call("max_pool", x, x, y, *x.shape)
+    y = x.new_empty(_halved(x))
+    _call("max_pool", x, x, y, None, *x.shape)
     return y
+
+
+def max_pool_with_places(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`max_pool`, and which of its 27 inputs each result is, as `max_pool_gradient` takes it."""
+    y, places = x.new_empty(_halved(x)), torch.empty(_halved(x), dtype=torch.uint8)
+    _call("max_pool", x, x, y, places, *x.shape)
+    return y, places
+
+
+def max_pool_gradient(dy: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of an input of `max_pool` with this shape."""
+    dx = dy.new_empty(shape)
+    _call("max_pool_gradient", dy, dy, places, dx, *shape)
+    return dx
 
 
 def take_places(x: Tensor) -> bool:
@@ -298,6 +311,11 @@ def lines(x: Tensor, axis: str) -> tuple[int, int, int]:
         "h": (batch * depth, height, width),
         "d": (batch, depth, height * width),
     }[axis]
+
+
+def _halved(x: Tensor) -> tuple[int, ...]:
+    batch, depth, height, width, channels = x.shape
+    return batch, (depth + 1) // 2, (height + 1) // 2, (width + 1) // 2, channels
 
 
 def _places(x: Tensor) -> tuple[int, int]:

@@ -4,20 +4,33 @@
 
 namespace {
 
-// to[count, wide] = x[count, n] - first[n]; returns through `sum` [n] the sums of the differences.
-template <class T>
-void centre(const T* x, long count, long n, long wide, float* first, float* to, float* sum) {
-    for (long c = 0; c < n; ++c) first[c] = get(x[c]), sum[c] = 0;
-    for (long m = 0; m < count; ++m) {
-        const T* from = x + m * n;
-        float* row = to + m * wide;
-        #pragma omp simd
-        for (long c = 0; c < n; ++c) {
-            row[c] = get(from[c]) - first[c];
-            sum[c] += row[c];
+constexpr long ROWS = 4;  // that are taken together: n is no multiple of LANES
+
+// Places of one block as differences from its first, [count, n], and their sums.
+struct Block {
+    long n;
+    std::vector<float> first = std::vector<float>(ROWS * n), sum = first, rows;
+
+    explicit Block(long n) : n(n), rows(BLOCK * n + round_up(n, LANES) + TALL) {}  // `product` reads beyond the last
+
+    template <class T>
+    void read(const T* x, long count) {
+        for (long c = 0; c < n; ++c) first[c] = get(x[c]);
+        for (long m = 1; m < ROWS; ++m) std::copy_n(first.data(), n, &first[m * n]);
+        std::fill(sum.begin(), sum.end(), 0.f);
+        for (long m = 0; m < count; m += ROWS) {
+            const T* from = x + m * n;
+            float* to = &rows[m * n];
+            #pragma omp simd
+            for (long c = 0; c < std::min(ROWS, count - m) * n; ++c) {
+                to[c] = get(from[c]) - first[c];
+                sum[c] += to[c];
+            }
         }
+        for (long m = 1; m < ROWS; ++m)
+            for (long c = 0; c < n; ++c) sum[c] += sum[m * n + c];
     }
-}
+};
 
 template <class T>
 void second_moments(const T* a, const T* b, double* result, long places, long n, int threads) {
@@ -25,19 +38,19 @@ void second_moments(const T* a, const T* b, double* result, long places, long n,
     std::vector<std::vector<double>> totals(threads, std::vector<double>(n * n));
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> left(BLOCK * tall), right(BLOCK * wide), sums(tall * wide), first(2 * n), differences(2 * n);
+        Block left(n), right(n);
+        std::vector<float> sums(tall * wide);
         double* total = totals[omp_get_thread_num()].data();
         #pragma omp for schedule(static)
         for (long start = 0; start < places; start += BLOCK) {
             long count = std::min<long>(BLOCK, places - start);
-            float *first_b = &first[n], *sum_a = differences.data(), *sum_b = &differences[n];
-            centre(a + start * n, count, n, tall, first.data(), left.data(), sum_a);
-            centre(b + start * n, count, n, wide, first_b, right.data(), sum_b);
-            product(left.data(), 1, tall, right.data(), wide, sums.data(), wide, tall, wide, count, false);
+            left.read(a + start * n, count);
+            right.read(b + start * n, count);
+            product(left.rows.data(), 1, n, right.rows.data(), n, sums.data(), wide, tall, wide, count, false);
             for (long i = 0; i < n; ++i)
                 for (long j = 0; j < n; ++j)
-                    total[i * n + j] += sums[i * wide + j] + double(first[i]) * sum_b[j] +
-                                        (sum_a[i] + double(count) * first[i]) * first_b[j];
+                    total[i * n + j] += sums[i * wide + j] + double(left.first[i]) * right.sum[j] +
+                                        (left.sum[i] + double(count) * left.first[i]) * right.first[j];
         }
     }
     for (const auto& total : totals)
