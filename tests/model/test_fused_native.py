@@ -183,7 +183,7 @@ def test_the_feed_forward_part(dtype, places, channels, wide, threads):
         assert near(inner, before) and near(out, reference)
     else:  # off by rounding only
         assert ((inner - before).abs() <= 2**-8 * before.abs() + 1e-5).all()
-        of_active = 2**-9 * F.linear(active.abs(), contract.double().abs()) * scale.abs()  # the most that rounding does
+        of_active = 2**-8 * F.linear(active.abs(), contract.double().abs()) * scale.abs()  # the most that rounding does
         assert ((out - reference).abs() <= of_active + 2**-8 * reference.abs() + 1e-4).all()
     again, wider = x.clone(), torch.empty(places, channels)
     with on_threads(threads):
