@@ -110,16 +110,22 @@ inline void spread_gradients(const lanes (&d)[POINTS], float* z, long step) {
     store(z + 5 * step, d[4]);
 }
 
-// u[p] = v[p] weights[p], [count, n_out] = [count, n] [n, n_out], p * BLOCK rows behind the first. While it multiplies,
-// `meanwhile` is called with 0, 1, .. BLOCK - 1, to fetch what the next block will read.
-template <class F>
-void products(const float* v, long v_row, const float* weights, float* u, long count, long n, long n_out, F meanwhile) {
-    static_assert(BLOCK % TALL == 0 && POINTS * (BLOCK / TALL) == BLOCK);
+// As many matrices as there are points, `size` apart; what is at [i, j] of one is at[i * row + j * step].
+template <class Float>
+struct Matrices {
+    Float* at;
+    long size, row, step = 1;
+};
+
+// c (+)= a b, [m, n] = [m, k] [k, n], for each point. Meanwhile f is called with 0, 1, .. BLOCK - 1.
+template <class A, class B, class F>
+void products(Matrices<A> a, Matrices<B> b, Matrices<float> c, long m, long n, long k, bool add, F f) {
+    long tiles = (m + TALL - 1) / TALL, calls = (BLOCK + POINTS * tiles - 1) / (POINTS * tiles), next = 0;
     for (int p = 0; p < POINTS; ++p)
-        for (long m = 0; m < count; m += TALL) {
-            product(v + (p * BLOCK + m) * v_row, v_row, 1, weights + p * n * n_out, n_out, u + (p * BLOCK + m) * n_out,
-                    n_out, std::min<long>(TALL, count - m), n_out, n, false);
-            meanwhile(p * (BLOCK / TALL) + m / TALL);
+        for (long i = 0; i < m; i += TALL) {
+            product(a.at + p * a.size + i * a.row, a.row, a.step, b.at + p * b.size, b.row, c.at + p * c.size + i * c.row,
+                    c.row, std::min<long>(TALL, m - i), n, k, add);
+            for (long last = std::min<long>(next + calls, BLOCK); next < last; ++next) f(next);
         }
 }
 
@@ -168,7 +174,9 @@ void convolve(const Plain<T>& x, const Lines& lines, const float* weights, const
                     }
                 });
             }
-            products(v.data(), wide, weights, u.data(), count, n, n_out, [&](long m) {
+            Matrices<float> of_v{v.data(), BLOCK * wide, wide}, of_u{u.data(), BLOCK * n_out, n_out};
+            Matrices<const float> of_weights{weights, n * n_out, n_out};
+            products(of_v, of_weights, of_u, count, n_out, n, false, [&](long m) {
                 if (start + BLOCK + m >= rows) return;
                 Group next(lines, start + BLOCK + m);
                 next.fetch(x);
@@ -213,17 +221,19 @@ void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* 
                     }
                 });
             }
-            for (int p = 0; p < POINTS; ++p)
-                product(&v[p * BLOCK * wide], 1, wide, &z[p * BLOCK * n_out], n_out, ours + p * n * n_out, n_out, n,
-                        n_out, count, true);
-            if (!dx) continue;
-            products(of_dy.data(), n_out, back, u.data(), count, n_out, n, [&](long m) {
+            Matrices<float> of_v{v.data(), BLOCK * wide, 1, wide}, of_z{z.data(), BLOCK * n_out, n_out};
+            Matrices<float> sums{ours, n * n_out, n_out};
+            products(of_v, of_z, sums, n, n_out, count, true, [&](long m) {
                 if (start + BLOCK + m >= rows) return;
                 Group next(lines, start + BLOCK + m);
                 next.fetch(x);
                 next.fetch(dy);
-                next.fetch(dx, n);
+                if (dx) next.fetch(dx, n);
             });
+            if (!dx) continue;
+            Matrices<float> of_back{of_dy.data(), BLOCK * n_out, n_out}, of_u{u.data(), BLOCK * n, n};
+            Matrices<const float> weights{back, n_out * n, n};
+            products(of_back, weights, of_u, count, n, n_out, false, [](long) {});
             for (long m = 0; m < count; ++m)
                 collect(&u[m * n], BLOCK * n, nullptr, Group(lines, start + m), dx, add, nullptr, false, n);
         }
