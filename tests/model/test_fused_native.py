@@ -161,7 +161,14 @@ def test_sums_over_places_keep_their_digits(dtype):
                                rtol=1e-4, atol=1e-3)  # fmt: skip
 
 
-SIZES = [(1, 16, 16), (7, 48, 144), (300, 96, 384), (1011, 80, 336), (5, 80, 336)]  # places, channels, wide
+SIZES = [
+    (1, 16, 16),
+    (7, 48, 144),
+    (300, 96, 384),
+    (1011, 80, 336),
+    (5, 80, 336),
+    (193, 32, 80),
+]  # places, channels, wide
 
 
 @needs_kernels
@@ -205,7 +212,36 @@ def test_the_gradients_of_the_feed_forward_part(dtype, places, channels, wide, t
     gradients = [d_inner @ expand.double(), d_inner.T @ y.double(), d_inner.sum(0), *gradients]
     with on_threads(threads):
         found = kernels.feed_forward_gradients(dy, y, before, expand, contract, scale)
-    assert all(map(near, found, gradients))
+    in_pairs = dtype == torch.bfloat16 and kernels.build.library().bfloat16_products() == 1
+    distance = 1e-2 if in_pairs else 1e-6  # a factor is rounded by up to 2^-9, and one row in 1000 has a share of 3e-2
+    assert all(relative_l2(*pair) <= distance for pair in zip(found, gradients, strict=True))
+    assert in_pairs or all(map(near, found, gradients))
+
+
+def relative_l2(found: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((found.double() - reference).norm() / reference.norm()).item()
+
+
+@needs_kernels
+@pytest.mark.parametrize("places, channels, wide", [(301, 48, 144), (37, 80, 336)])
+def test_training_of_the_feed_forward_part_is_as_exact_as_by_torch(monkeypatch, dtype, places, channels, wide):
+    x, y, dy = torch.randn(places, channels), torch.randn(places, channels).to(dtype), torch.randn(places, channels)
+    mlp = [torch.randn(wide, channels) / channels**0.5, torch.randn(wide), torch.randn(channels, wide) / wide**0.5]
+    mlp, scale = [*mlp, torch.randn(channels)], torch.rand(channels)
+    leaves = [tensor.double().requires_grad_() for tensor in (y, scale, *mlp)]
+    inner = F.linear(leaves[0], *leaves[2:4])
+    reference = x + leaves[1] * F.linear(F.gelu(inner), *leaves[4:])
+    gradients = torch.autograd.grad(reference, leaves, dy.double())
+    distances = {}
+    for value in ("", "torch"):
+        monkeypatch.setenv("MED3DVLM_FUSED", value)
+        out, kept = feed_forward.forward(x, y, scale, mlp)
+        d_y, d_scale, d_mlp = feed_forward.backward(dy, y, kept, scale, mlp)
+        assert (out.dtype, kept.dtype, d_y.dtype) == (torch.float32, dtype, dtype)
+        found = (out, kept, d_y, d_scale, *d_mlp)
+        distances[value] = [relative_l2(*pair) for pair in zip(found, (reference, inner, *gradients), strict=True)]
+    limits = [1.1 * distance + 1e-6 for distance in distances["torch"]]
+    assert all(ours <= limit for ours, limit in zip(distances[""], limits, strict=True)), distances
 
 
 @needs_kernels

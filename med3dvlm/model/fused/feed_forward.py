@@ -77,7 +77,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Ten
     """
     wide, channels = mlp[0].shape
     worth_packing = y[..., 0].numel() >= channels // 2  # a copy of the weights
-    if worth_packing and native.take_products(y.dtype, channels, wide, training=True):
+    if worth_packing and native.take_products(y.dtype, channels, wide):
         expand, expand_bias, contract, contract_bias = (tensor.float() for tensor in mlp)
         out, inner = torch.empty_like(x), y.new_empty(*y.shape[:-1], wide)
         packed = (native.panels(expand, y.dtype), expand_bias), (native.panels(contract, y.dtype), contract_bias)
@@ -96,7 +96,7 @@ def backward(
     """Gradients of y, in its dtype, of the scale and of `mlp` from that of the result; arguments as of `forward`."""
     wide, channels = mlp[0].shape
     total = dy.flatten(0, -2).sum(0, dtype=scale.dtype)  # [C]
-    if native.take_products(y.dtype, channels, wide, training=True):
+    if native.take_products(y.dtype, channels, wide):
         dy, expand, contract, factor = (tensor.float() for tensor in (dy, mlp[0], mlp[2], scale))
         d_y, d_expand, d_bias, d_contract, d_scale = native.feed_forward_gradients(
             dy, y, inner, expand, contract, factor

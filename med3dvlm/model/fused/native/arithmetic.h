@@ -5,7 +5,7 @@
 #pragma once
 
 #include <omp.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -42,17 +42,25 @@ inline void put(bfloat16& to, float x) {  // to the nearest, ties to even
 // LANES channels in a register, from and to any address.
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef uint32_t longs __attribute__((vector_size(4 * LANES)));
-inline lanes load(const float* x) { return *(const lanes*)x; }
-inline lanes load(const bfloat16* x) { return (lanes)(__builtin_convertvector(*(const shorts*)x, longs) << 16); }
-inline void store(float* to, lanes x) { *(lanes*)to = x; }
-inline void store(bfloat16* to, lanes x) {
-#ifdef __AVX512BF16__
-    *(shorts*)to = (shorts)_mm512_cvtneps_pbh((__m512)x);
+inline longs widened(shorts x) {
+#ifdef __AVX512F__
+    return (longs)_mm512_cvtepu16_epi32((__m256i)x);  // GCC 12 would do it in halves
 #else
-    longs bits = (longs)x;
-    *(shorts*)to = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, shorts);
+    return __builtin_convertvector(x, longs);
 #endif
 }
+inline shorts rounded(lanes x) {  // to bfloat16
+#ifdef __AVX512BF16__
+    return (shorts)_mm512_cvtneps_pbh((__m512)x);
+#else
+    longs bits = (longs)x;
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, shorts);
+#endif
+}
+inline lanes load(const float* x) { return *(const lanes*)x; }
+inline lanes load(const bfloat16* x) { return (lanes)(widened(*(const shorts*)x) << 16); }
+inline void store(float* to, lanes x) { *(lanes*)to = x; }
+inline void store(bfloat16* to, lanes x) { *(shorts*)to = rounded(x); }
 
 // The first `count` channels, zeros behind them.
 template <class T>
@@ -156,8 +164,38 @@ inline void product(const T* a, long a_row, long a_step, const T* b, long b_row,
         });
 }
 
+// What rows of T are multiplied as: where no instruction multiplies bfloat16, as floats.
 #ifdef __AVX512BF16__
-// The same of bfloat16: a[m, k] with k even and a_step 1, and b[k / 2, n] of pairs along k.
+template <class T>
+using Factor = T;
+#else
+template <class T>
+using Factor = float;
+#endif
+
+// A product that sums over rows takes them STEP at a time: of bfloat16 pairs of two neighbouring rows, [rows / 2, n].
+template <class F>
+constexpr int STEP = std::is_same_v<F, bfloat16> ? 2 : 1;
+
+// LANES channels of STEP rows.
+inline void store_step(float* to, const lanes* rows) { store(to, rows[0]); }
+inline void store_step(bfloat16* to, const lanes* rows) {
+    *(lanes*)to = (lanes)(widened(rounded(rows[0])) | widened(rounded(rows[1])) << 16);
+}
+
+// c[m, n] (+)= a' b of a[k, m] and b[k, n] in steps of rows, zeros after an odd last row.
+inline void product_over_rows(const float* a, long a_row, const float* b, long b_row, float* c, long c_row, long m,
+                              long n, long k, bool add) {
+    product(a, 1, a_row, b, b_row, c, c_row, m, n, k, add);
+}
+
+#ifdef __AVX512BF16__
+inline void product_over_rows(const bfloat16* a, long a_row, const bfloat16* b, long b_row, float* c, long c_row,
+                              long m, long n, long k, bool add) {
+    product((const pair*)a, 1, a_row, (const pair*)b, b_row, c, c_row, m, n, (k + 1) / 2, add);
+}
+
+// The product of bfloat16: a[m, k] with k even and a_step 1, and b[k, n] in steps of rows.
 inline void product(const bfloat16* a, long a_row, long, const bfloat16* b, long b_row, float* c, long c_row, long m,
                     long n, long k, bool add) {
     product((const pair*)a, a_row / 2, 1, (const pair*)b, b_row, c, c_row, m, n, k / 2, add);

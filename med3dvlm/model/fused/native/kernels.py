@@ -8,7 +8,6 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from med3dvlm.model.fused.native import build
 
@@ -181,15 +180,14 @@ def gradient_sums(dy: Tensor, z: list[Tensor], mean: Tensor) -> Tensor:
     return sums
 
 
-def take_products(dtype: torch.dtype, channels: int, wide: int, training: bool = False) -> bool:
+def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
     """Whether there are kernels for a feed-forward part of these widths in this dtype, and none faster in oneDNN.
 
-    oneDNN's are faster in bfloat16 where the processor multiplies matrices of it (AMX, and on ARM). Those for training
-    multiply float32, whatever the dtype of what is kept.
+    oneDNN's are faster in bfloat16 where the processor multiplies matrices of it (AMX, and on ARM).
     """
     if dtype not in DTYPES or channels % 16 or wide % 16 or not build.wanted():
         return False
-    in_pairs = not training and not _AMX and build.library().bfloat16_products() == 1
+    in_pairs = not _AMX and build.library().bfloat16_products() == 1
     return multiplied(dtype) == torch.float32 or in_pairs
 
 
@@ -231,14 +229,13 @@ def take_places(x: Tensor) -> bool:
 def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] of a linear layer of rows in `dtype`, as read fastest: [N / 64, K, 64] float32, zeros after N.
 
-    Where bfloat16 is multiplied in pairs, [N / 64, K / 2, 64] of 32 bits that hold two neighbours along K.
+    Where bfloat16 is multiplied in pairs, [N / 64, K / 2, 64, 2] of it, so that neighbours along K lie side by side.
     """
-    if dtype == torch.bfloat16 and build.library().bfloat16_products() == 1:
-        copy = weight.to(dtype).clone(memory_format=torch.contiguous_format)  # begins at whole 32 bits
-        weight = copy.view(torch.int32)
-    else:
-        weight = weight.float()
-    return F.pad(weight.T, (0, -len(weight) % PANEL)).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
+    in_pairs = dtype == torch.bfloat16 and build.library().bfloat16_products() == 1
+    (count, length), last = weight.shape, (PANEL, 2) if in_pairs else (PANEL,)
+    packed = torch.empty(-(-count // PANEL), length // len(last), *last, dtype=dtype if in_pairs else torch.float32)
+    _call("feed_forward_panels", packed, weight.float().contiguous(), packed, count, length)
+    return packed
 
 
 def feed_forward(
