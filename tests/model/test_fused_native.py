@@ -90,7 +90,12 @@ def test_gradients_of_a_convolution(dtype, sizes, shape, axis):
     """Of the input, added to what is there, and of the kernel, from a combination that is 0 beyond the border."""
     channels, second, length = sizes
     depthwise = second == 1
+    in_pairs = dtype == torch.bfloat16 and kernels.takes_directly(dtype) and not depthwise
     kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length, requires_grad=True)
+
+    def agree(found, reference, dtype=torch.float32):  # of values that Winograd spreads, pairs round all
+        return (found - reference).norm() <= 1e-2 * reference.norm() if in_pairs else near(found, reference, dtype)
+
     dy, z = (torch.randn(*shape, len(kernel)).to(dtype) for _ in range(2))
     x, before = (torch.randn(*shape, channels).to(dtype) for _ in range(2))
     scale, given = torch.randn(3, len(kernel)), x.double().requires_grad_()
@@ -100,11 +105,11 @@ def test_gradients_of_a_convolution(dtype, sizes, shape, axis):
     for threads, into in ((1, None), (3, before.clone())):
         with on_threads(threads):
             d_input, d_kernel = kernels.gradients(x, dy, (z, scale), kernel.detach(), back, axis, into)
-        assert near(d_input, of_input if into is None else before.double() + of_input, dtype)
-        assert near(d_kernel, of_kernel) and (into is None or d_input is into)
+        assert agree(d_input, of_input if into is None else before.double() + of_input, dtype)
+        assert agree(d_kernel, of_kernel) and (into is None or d_input is into)
     if not depthwise:
         (alone,) = torch.autograd.grad(expected(given, kernel, axis), kernel, dy.double())
-        assert near(kernels.kernel_gradient(x, dy, kernel.detach(), axis), alone)
+        assert agree(kernels.kernel_gradient(x, dy, kernel.detach(), axis), alone)
 
 
 @needs_kernels

@@ -9,6 +9,8 @@
 
 namespace {
 
+#define INLINE __attribute__((always_inline))  // else registers pass through memory
+
 constexpr int POINTS = 6, OUT = 4;
 constexpr float P = 2 / 3., Q = 3 / 2., P2 = P * P, Q2 = Q * Q;  // P * Q = 1
 
@@ -71,61 +73,81 @@ struct Group {
         for (int j = 0; j < OUT && holds(j); ++j) prefetch(y + place(j) * n, n);
     }
 
-    // Calls f with whether both neighbours and all four places exist, as a constant: most have no border to look for.
-    template <class F>
-    void with_inside(F f) const {
-        if (holds(-1) && holds(OUT)) f(std::true_type{});
-        else f(std::false_type{});
-    }
-
-    // What the source has at the six places of and around the group, zeros where the line has ended.
-    template <class S>
-    void read(const S& source, long c, bool inside, lanes (&x)[POINTS]) const {
-        #pragma GCC unroll 6
-        for (int j = 0; j < POINTS; ++j) x[j] = inside || holds(j - 1) ? source.read(place(j - 1), c) : lanes{};
-    }
+    // Whether both neighbours and all four places exist: most groups have no border to look for.
+    bool inside() const { return holds(-1) && holds(OUT); }
 };
 
-// v[p * step] = (B x)[p], x the six places of and around a group
-inline void spread_inputs(const lanes (&x)[POINTS], float* v, long step) {
+// Calls f with each COUNT groups of a block, and of LANES channels from c on with what the source has at the six places of
+// and around each: zeros where the line or the block has ended.
+template <int COUNT, class S, class F>
+void each_places(const S& source, const Lines& lines, long start, long count, F f) {
+    for (long m = 0; m < count; m += COUNT)
+        with_constant<COUNT>(count - m, [&](auto there) {
+            Group groups[] = {{lines, start + m}, {lines, start + m + there - 1}};  // one or two
+            auto read = [&](auto inside) {
+                for (long c = 0; c < source.n; c += LANES) {
+                    lanes x[COUNT][POINTS]{};
+                    #pragma GCC unroll 2
+                    for (int i = 0; i < there; ++i)
+                        #pragma GCC unroll 6
+                        for (int j = 0; j < POINTS; ++j)
+                            if (inside || groups[i].holds(j - 1)) x[i][j] = source.read(groups[i].place(j - 1), c);
+                    f(m, c, x);
+                }
+            };
+            if (groups[0].inside() && groups[1].inside()) read(std::true_type{});
+            else read(std::false_type{});
+        });
+}
+
+// v = B x, x the six places of and around a group
+INLINE inline void spread_inputs(const lanes (&x)[POINTS], lanes (&v)[POINTS]) {
     lanes even = x[4] - P2 * x[2], odd = Q * x[3] - P * x[1];
     lanes even2 = x[4] - Q2 * x[2], odd2 = P * x[3] - Q * x[1];
-    store(v, x[0] - (P2 + Q2) * x[2] + x[4]);
-    store(v + step, even2 + odd2);
-    store(v + 2 * step, even2 - odd2);
-    store(v + 3 * step, even + odd);
-    store(v + 4 * step, even - odd);
-    store(v + 5 * step, x[1] - (P2 + Q2) * x[3] + x[5]);
+    v[0] = x[0] - (P2 + Q2) * x[2] + x[4];
+    v[1] = even2 + odd2, v[2] = even2 - odd2;
+    v[3] = even + odd, v[4] = even - odd;
+    v[5] = x[1] - (P2 + Q2) * x[3] + x[5];
 }
 
-// z[p * step] = (A d)[p], d the four places of a group, after one before it
-inline void spread_gradients(const lanes (&d)[POINTS], float* z, long step) {
+// z = A d, d the four places of a group, after one before it
+INLINE inline void spread_gradients(const lanes (&d)[POINTS], lanes (&z)[POINTS]) {
     lanes even = d[1] + P2 * d[3], odd = P * (d[2] + P2 * d[4]);
     lanes even2 = d[1] + Q2 * d[3], odd2 = Q * (d[2] + Q2 * d[4]);
-    store(z, d[1]);
-    store(z + step, even + odd);
-    store(z + 2 * step, even - odd);
-    store(z + 3 * step, even2 + odd2);
-    store(z + 4 * step, even2 - odd2);
-    store(z + 5 * step, d[4]);
+    z[0] = d[1];
+    z[1] = even + odd, z[2] = even - odd;
+    z[3] = even2 + odd2, z[4] = even2 - odd2;
+    z[5] = d[4];
 }
 
-// As many matrices as there are points, `size` apart; what is at [i, j] of one is at[i * row + j * step].
-template <class Float>
-struct Matrices {
-    Float* at;
-    long size, row, step = 1;
+// What a block of groups becomes: for each point a matrix [BLOCK, row] of factors.
+template <class F>
+struct Spread {
+    long row;
+    std::vector<F> values;
+
+    explicit Spread(long row) : row(row), values(POINTS * BLOCK * row) {}
+    F* at(int point, long m) { return &values[(point * BLOCK + m) * row]; }
 };
 
-// c (+)= a b, [m, n] = [m, k] [k, n], for each point. Meanwhile f is called with 0, 1, .. BLOCK - 1.
-template <class A, class B, class F>
-void products(Matrices<A> a, Matrices<B> b, Matrices<float> c, long m, long n, long k, bool add, F f) {
+// Values of all points of STEP rows, matrices `size` apart.
+template <class F, int COUNT>
+INLINE inline void store_steps(const lanes (&rows)[COUNT][POINTS], F* to, long size) {
+    for (int p = 0; p < POINTS; ++p) {
+        lanes step[COUNT];
+        for (int s = 0; s < COUNT; ++s) step[s] = rows[s][p];
+        store_step(to + p * size, step);
+    }
+}
+
+// Calls f with each point and each TALL of m rows. Meanwhile g is called with 0, 1, .. BLOCK - 1.
+template <class F, class G>
+void each_tile(long m, F f, G g) {
     long tiles = (m + TALL - 1) / TALL, calls = (BLOCK + POINTS * tiles - 1) / (POINTS * tiles), next = 0;
-    for (int p = 0; p < POINTS; ++p)
+    for (int point = 0; point < POINTS; ++point)
         for (long i = 0; i < m; i += TALL) {
-            product(a.at + p * a.size + i * a.row, a.row, a.step, b.at + p * b.size, b.row, c.at + p * c.size + i * c.row,
-                    c.row, std::min<long>(TALL, m - i), n, k, add);
-            for (long last = std::min<long>(next + calls, BLOCK); next < last; ++next) f(next);
+            f(point, i, std::min<long>(TALL, m - i));
+            for (long last = std::min<long>(next + calls, BLOCK); next < last; ++next) g(next);
         }
 }
 
@@ -133,58 +155,55 @@ void products(Matrices<A> a, Matrices<B> b, Matrices<float> c, long m, long n, l
 template <class T>
 void collect(const float* u, long step, const float* bias, const Group& group, T* y, bool add, Sums* sums, bool first,
              long n) {
-    group.with_inside([&](auto inside) {
-        for (long c = 0; c < n; c += LANES) {
-            lanes u1 = load(u + step + c), u2 = load(u + 2 * step + c), u3 = load(u + 3 * step + c);
-            lanes u4 = load(u + 4 * step + c), even = u1 + u2, odd = P * (u1 - u2), even2 = u3 + u4;
-            lanes odd2 = Q * (u3 - u4);
-            lanes results[OUT] = {load(u + c) + even + even2, odd + odd2, P2 * even + Q2 * even2,
-                                  P2 * odd + Q2 * odd2 + load(u + 5 * step + c)};
-            #pragma GCC unroll 4
-            for (int j = 0; j < OUT; ++j) {
-                if (!inside && !group.holds(j)) break;
-                T* to = y + group.place(j) * n + c;
-                if (bias) results[j] += load(bias + c);
-                if (sums) sums->see(c, results[j], first && j == 0);
-                store(to, add ? load(to) + results[j] : results[j]);
-            }
+    bool inside = group.inside();
+    for (long c = 0; c < n; c += LANES) {
+        lanes u1 = load(u + step + c), u2 = load(u + 2 * step + c), u3 = load(u + 3 * step + c);
+        lanes u4 = load(u + 4 * step + c), even = u1 + u2, odd = P * (u1 - u2), even2 = u3 + u4, odd2 = Q * (u3 - u4);
+        lanes results[OUT] = {load(u + c) + even + even2, odd + odd2, P2 * even + Q2 * even2,
+                              P2 * odd + Q2 * odd2 + load(u + 5 * step + c)};
+        #pragma GCC unroll 4
+        for (int j = 0; j < OUT; ++j) {
+            if (!inside && !group.holds(j)) break;
+            T* to = y + group.place(j) * n + c;
+            if (bias) results[j] += load(bias + c);
+            if (sums) sums->see(c, results[j], first && j == 0);
+            store(to, add ? load(to) + results[j] : results[j]);
         }
-    });
+    }
 }
 
 template <class T>
 void convolve(const Plain<T>& x, const Lines& lines, const float* weights, const float* bias, T* y, bool add,
               double* sums, long n_out, int threads) {
-    long rows = Group::count(lines), n = x.n, wide = round_up(n, LANES);
+    long rows = Group::count(lines), n = x.n;
     std::vector<Sums> seen(threads, Sums(n_out));
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> v(POINTS * BLOCK * wide), u(POINTS * BLOCK * n_out);
+        Spread<float> v(round_up(n, LANES)), u(n_out);
         Sums& ours = seen[omp_get_thread_num()];
         #pragma omp for schedule(static)
         for (long start = 0; start < rows; start += BLOCK) {
             long count = std::min<long>(BLOCK, rows - start);
-            for (long m = 0; m < count; ++m) {
-                Group group(lines, start + m);
-                group.with_inside([&](auto inside) {
-                    for (long c = 0; c < n; c += LANES) {
-                        lanes places[POINTS];
-                        group.read(x, c, inside, places);
-                        spread_inputs(places, &v[m * wide + c], BLOCK * wide);
-                    }
-                });
-            }
-            Matrices<float> of_v{v.data(), BLOCK * wide, wide}, of_u{u.data(), BLOCK * n_out, n_out};
-            Matrices<const float> of_weights{weights, n * n_out, n_out};
-            products(of_v, of_weights, of_u, count, n_out, n, false, [&](long m) {
-                if (start + BLOCK + m >= rows) return;
-                Group next(lines, start + BLOCK + m);
-                next.fetch(x);
-                next.fetch(y, n_out);
+            each_places<1>(x, lines, start, count, [&](long m, long c, const auto& places) INLINE {
+                lanes points[POINTS];
+                spread_inputs(places[0], points);
+                for (int p = 0; p < POINTS; ++p) store(v.at(p, m) + c, points[p]);
             });
+            each_tile(
+                count,
+                [&](int p, long m, long tall) {
+                    product(v.at(p, m), v.row, 1, weights + p * n * n_out, n_out, u.at(p, m), n_out, tall, n_out, n,
+                            false);
+                },
+                [&](long m) {
+                    if (start + BLOCK + m >= rows) return;
+                    Group next(lines, start + BLOCK + m);
+                    next.fetch(x);
+                    next.fetch(y, n_out);
+                });
             for (long m = 0; m < count; ++m)
-                collect(&u[m * n_out], BLOCK * n_out, bias, Group(lines, start + m), y, add, sums ? &ours : nullptr,
-                        m == 0, n_out);
+                collect(u.at(0, m), BLOCK * n_out, bias, Group(lines, start + m), y, add, sums ? &ours : nullptr, m == 0,
+                        n_out);
             if (sums) ours.end_block();
         }
     }
@@ -196,46 +215,56 @@ void convolve(const Plain<T>& x, const Lines& lines, const float* weights, const
 template <class T, class S>
 void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* back, T* dx, bool add, float* result,
                int threads) {
-    long rows = Group::count(lines), n = x.n, n_out = dy.n, wide = round_up(n, LANES), size = POINTS * n * n_out;
+    using F = Factor<T>;
+    long rows = Group::count(lines), n = x.n, n_out = dy.n, size = POINTS * n * n_out;
     std::vector<float> totals(size * threads);
+    std::vector<F> weights(dx ? size : 0);  // steps of rows of `back`
+    for (long i = 0; dx && i < POINTS * n_out; i += STEP<F>)
+        for (long c = 0; c < n; c += LANES) {
+            lanes step[STEP<F>];
+            for (int s = 0; s < STEP<F>; ++s) step[s] = load(back + (i + s) * n + c);
+            store_step(&weights[i * n + c * STEP<F>], step);
+        }
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> v(POINTS * BLOCK * wide), z(POINTS * BLOCK * n_out);
-        std::vector<float> of_dy(dx ? z.size() : 0), u(dx ? v.size() : 0);
+        Spread<F> v(round_up(n, LANES)), z(n_out), of_dy(dx ? n_out : 0);
+        Spread<float> u(dx ? n : 0);
         float* ours = &totals[size * omp_get_thread_num()];
         #pragma omp for schedule(static)
         for (long start = 0; start < rows; start += BLOCK) {
             long count = std::min<long>(BLOCK, rows - start);
-            for (long m = 0; m < count; ++m) {
-                Group group(lines, start + m);
-                group.with_inside([&](auto inside) {
-                    lanes places[POINTS];
-                    for (long c = 0; c < n; c += LANES) {
-                        group.read(x, c, inside, places);
-                        spread_inputs(places, &v[m * wide + c], BLOCK * wide);
-                    }
-                    for (long c = 0; c < n_out; c += LANES) {
-                        group.read(dy, c, inside, places);
-                        spread_gradients(places, &z[m * n_out + c], BLOCK * n_out);
-                        if (dx) spread_inputs(places, &of_dy[m * n_out + c], BLOCK * n_out);
-                    }
-                });
-            }
-            Matrices<float> of_v{v.data(), BLOCK * wide, 1, wide}, of_z{z.data(), BLOCK * n_out, n_out};
-            Matrices<float> sums{ours, n * n_out, n_out};
-            products(of_v, of_z, sums, n, n_out, count, true, [&](long m) {
-                if (start + BLOCK + m >= rows) return;
-                Group next(lines, start + BLOCK + m);
-                next.fetch(x);
-                next.fetch(dy);
-                if (dx) next.fetch(dx, n);
+            each_places<STEP<F>>(x, lines, start, count, [&](long m, long c, const auto& places) INLINE {
+                lanes points[STEP<F>][POINTS];
+                for (int s = 0; s < STEP<F>; ++s) spread_inputs(places[s], points[s]);
+                store_steps(points, v.at(0, m) + c * STEP<F>, BLOCK * v.row);
             });
+            each_places<STEP<F>>(dy, lines, start, count, [&](long m, long c, const auto& places) INLINE {
+                lanes points[STEP<F>][POINTS];
+                for (int s = 0; s < STEP<F>; ++s) spread_gradients(places[s], points[s]);
+                store_steps(points, z.at(0, m) + c * STEP<F>, BLOCK * n_out);
+                for (int s = 0; dx && s < STEP<F>; ++s) {
+                    spread_inputs(places[s], points[s]);
+                    for (int p = 0; p < POINTS; ++p) store(of_dy.at(p, m + s) + c, points[s][p]);
+                }
+            });
+            each_tile(
+                n,
+                [&](int p, long i, long tall) {
+                    product_over_rows(v.at(p, 0) + i * STEP<F>, v.row, z.at(p, 0), n_out, ours + (p * n + i) * n_out,
+                                      n_out, tall, n_out, count, true);
+                },
+                [&](long m) {
+                    if (start + BLOCK + m >= rows) return;
+                    Group next(lines, start + BLOCK + m);
+                    next.fetch(x);
+                    next.fetch(dy);
+                    if (dx) next.fetch(dx, n);
+                });
             if (!dx) continue;
-            Matrices<float> of_back{of_dy.data(), BLOCK * n_out, n_out}, of_u{u.data(), BLOCK * n, n};
-            Matrices<const float> weights{back, n_out * n, n};
-            products(of_back, weights, of_u, count, n, n_out, false, [](long) {});
+            for (int p = 0; p < POINTS; ++p)
+                product(of_dy.at(p, 0), n_out, 1, &weights[p * n_out * n], n, u.at(p, 0), n, count, n, n_out, false);
             for (long m = 0; m < count; ++m)
-                collect(&u[m * n], BLOCK * n, nullptr, Group(lines, start + m), dx, add, nullptr, false, n);
+                collect(u.at(0, m), BLOCK * n, nullptr, Group(lines, start + m), dx, add, nullptr, false, n);
         }
     }
     for (int thread = 0; thread < threads; ++thread)
