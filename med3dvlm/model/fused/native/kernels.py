@@ -267,6 +267,8 @@ def feed_forward_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of y, expand [wide, C], its bias [wide], contract and scale (but for the bias beside it), float32.
 
+    Factors of products are rounded to bfloat16 if y has it and the processor multiplies it in pairs, sums are not.
+
     Args:
         dy: [.., C], the gradient of `feed_forward`'s result, float32.
         y, inner, scale: as there.
