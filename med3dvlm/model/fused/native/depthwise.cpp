@@ -3,7 +3,8 @@
 
 namespace {
 
-// LANES channels of one line, which may have gaps in memory: a copy without, as float32, zeros before and after.
+// LANES channels of one line, which may have gaps in memory: a copy without, as float32, zeros before and after. What the
+// next line reads, `next` behind in memory, is called for: it is too scattered for the processor to see it coming.
 template <int LENGTH>
 struct Line {
     static constexpr int HALF = LENGTH / 2;
@@ -12,16 +13,22 @@ struct Line {
     explicit Line(long size) : copy((size + LENGTH - 1) * LANES) {}
 
     template <class T>
-    void read(const T* x, long size, long step) {
-        for (long at = 0; at < size; ++at) store(&copy[(at + HALF) * LANES], load(x + at * step));
+    void read(const T* x, long size, long step, long next) {
+        for (long at = 0; at < size; ++at) {
+            store(&copy[(at + HALF) * LANES], load(x + at * step));
+            __builtin_prefetch(x + at * step + next);
+        }
     }
 
     // scale[0] * x + scale[1] * z + scale[2], scale [3, n]
     template <class T>
-    void read(const T* x, const T* z, const float* scale, long n, long size, long step) {
-        for (long at = 0; at < size; ++at)
+    void read(const T* x, const T* z, const float* scale, long n, long size, long step, long next) {
+        for (long at = 0; at < size; ++at) {
             store(&copy[(at + HALF) * LANES], load(scale) * load(x + at * step) + load(scale + n) * load(z + at * step) +
                                                   load(scale + 2 * n));
+            __builtin_prefetch(x + at * step + next);
+            __builtin_prefetch(z + at * step + next);
+        }
     }
     lanes at(long i) const { return load(&copy[i * LANES]); }  // HALF before the place i
 };
@@ -38,7 +45,8 @@ void convolve(const T* x, const Lines& lines, const float* taps, const float* bi
         for (long i = 0; i < lines.outer * lines.inner; ++i)
             for (long c = 0; c < n; c += LANES) {
                 long start = lines.start(i) * n + c, step = lines.inner * n;
-                line.read(x + start, lines.size, step);
+                long next = (lines.start(i + 1) - lines.start(i)) * n;
+                line.read(x + start, lines.size, step, next);
                 lanes tap[LENGTH], begin = bias ? load(bias + c) : lanes{}, first{}, sum{}, square{};
                 #pragma GCC unroll 16
                 for (int t = 0; t < LENGTH; ++t) tap[t] = load(taps + t * n + c);
@@ -47,6 +55,7 @@ void convolve(const T* x, const Lines& lines, const float* taps, const float* bi
                     #pragma GCC unroll 16
                     for (int t = 0; t < LENGTH; ++t) result += tap[t] * line.at(at + t);
                     T* to = y + start + at * step;
+                    __builtin_prefetch(to + next, 1);
                     store(to, add ? load(to) + result : result);
                     if (at == 0) first = result;
                     result -= first;
@@ -73,8 +82,9 @@ void gradients(const T* x, const T* dy, const T* z, const float* scale, const fl
         for (long i = 0; i < lines.outer * lines.inner; ++i)
             for (long c = 0; c < n; c += LANES) {
                 long start = lines.start(i) * n + c, step = lines.inner * n;
-                of_x.read(x + start, lines.size, step);
-                of_dy.read(dy + start, z + start, scale + c, n, lines.size, step);
+                long next = (lines.start(i + 1) - lines.start(i)) * n;
+                of_x.read(x + start, lines.size, step, next);
+                of_dy.read(dy + start, z + start, scale + c, n, lines.size, step, next);
                 lanes sums[LENGTH], tap[LENGTH];
                 #pragma GCC unroll 16
                 for (int t = 0; t < LENGTH; ++t) sums[t] = load(ours + t * n + c);
@@ -88,6 +98,7 @@ void gradients(const T* x, const T* dy, const T* z, const float* scale, const fl
                     #pragma GCC unroll 16
                     for (int t = 0; t < LENGTH; ++t) gradient += tap[t] * of_dy.at(at + t);
                     T* to = dx + start + at * step;
+                    __builtin_prefetch(to + next, 1);
                     store(to, add ? load(to) + gradient : gradient);
                 }
             }

@@ -324,15 +324,19 @@ def _places(x: Tensor) -> tuple[int, int]:
 def _call(name: str, like: Tensor, *arguments: Tensor | int | bool | None) -> None:
     """Call a function of the library with `like`'s storage type first and the number of threads last."""
     function = getattr(build.library(), name)
-    function.restype = None
-    function(*map(_converted, (like.dtype == torch.bfloat16, *arguments, torch.get_num_threads())))
+    arguments = (like.dtype == torch.bfloat16, *arguments, torch.get_num_threads())
+    if function.argtypes is None:
+        function.argtypes, function.restype = [_type_of(argument) for argument in arguments], None
+    function(*(_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
 
 
-def _converted(argument: Tensor | int | bool | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_bool:
-    if isinstance(argument, Tensor):
-        if not argument.is_contiguous():
-            raise ValueError(f"kernels take contiguous tensors, found strides {argument.stride()} of {argument.shape}")
-        return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_bool(argument) if isinstance(argument, bool) else ctypes.c_long(argument)
+def _type_of(argument: Tensor | int | bool | None) -> type:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_bool if isinstance(argument, bool) else ctypes.c_long
+
+
+def _address(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(f"kernels take contiguous tensors, found strides {tensor.stride()} of {tensor.shape}")
+    return tensor.data_ptr()
