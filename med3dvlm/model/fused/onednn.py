@@ -1,7 +1,8 @@
-"""Convolutions of channels-last images that activate their result, or add it to another, in the same pass.
+"""oneDNN's products of matrices, and its convolutions that activate their result, or add it to another, in one pass.
 
-`torch.compile` uses these oneDNN operators when it freezes a model; called directly they need no compiler and no
-warm-up. For tensors that oneDNN has no kernels for, the same is computed in several passes.
+`torch.compile` uses these operators when it freezes a model; called directly they need no compiler and no warm-up.
+torch itself leaves float32 products to MKL, which on other makers' processors than Intel's takes twice as long. For
+tensors that oneDNN has no kernels for, the same is computed by torch, in several passes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,22 @@ def takes(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear layer with weight [N, K], which may be a transposed view: [.., K] -> [.., N]."""
+    if takes(x.dtype):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a' b of [P, N] and [P, K] -> [N, K]."""
+    if a.dtype != torch.float32 or not takes(a.dtype):
+        return a.T @ b
+    if len(a) > a.shape[1] > b.shape[1]:  # the first factor is laid out anew
+        return linear(b.T, a.T).T
+    return linear(a.T, b.T)
 
 
 class Conv:
