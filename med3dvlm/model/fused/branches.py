@@ -180,7 +180,9 @@ def kernel_gradient(dz: Tensor, x: Tensor, kernel: Tensor, axis: str, groups: in
     kernel = kernel.contiguous()
     if groups > 1:
         before, size, behind = native.lines(x, axis)
-        pair, weight = [t.reshape(before, size, behind, -1) for t in (dz, x)], kernel.unsqueeze(-1)
+        dtype = native.multiplied(x.dtype)
+        pair = [t.reshape(before, size, behind, -1).to(dtype) for t in (dz, x)]
+        weight = kernel.unsqueeze(-1).to(dtype)
         if size < kernel.shape[-1]:
             pair = [F.pad(t, (0, 0, 0, 0, 0, kernel.shape[-1] - size)) for t in pair]
     elif axis == "d":
@@ -192,7 +194,7 @@ def kernel_gradient(dz: Tensor, x: Tensor, kernel: Tensor, axis: str, groups: in
     gradients = torch.ops.aten.convolution_backward(
         *(t.movedim(-1, 1) for t in pair), weight, None, ones, padding, ones, False, zeros, groups, [False, True, False]
     )
-    return gradients[1].reshape(kernel.shape)
+    return gradients[1].reshape(kernel.shape).to(kernel.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -44,45 +44,54 @@ class Conv:
         weight: [C', C / groups, k_1, k_2].
         bias: [C'], or None.
         dtype: of the arithmetic; that of images may be another.
-        dilation: distance of the taps along the first axis of the images.
+        dilation: distance of the taps, in steps.
         groups: 1 (dense), or C (depth-wise).
+
+    A step is a place along the kernel's axis unless a call says otherwise.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, dilation: int = 1, groups: int = 1):
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias = None if bias is None else bias.to(dtype)
-        self.padding = (dilation * (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2)
-        self.dilation, self.groups = (dilation, 1), groups
-        self.packed: tuple[torch.Size, Tensor] | None = None
+        self.dilation, self.groups = dilation, groups
+        self.packed: tuple[tuple, Tensor] | None = None
 
     def __call__(self, images: Tensor, gelu: bool = False) -> Tensor:
         """[N, H, W, C] -> [N, H, W, C'], with GELU (exact) if asked."""
         x = images.movedim(-1, 1).to(self.weight.dtype)
+        padding, dilation = self._geometry(1)
         if takes(x.dtype):
-            arguments = (self.padding, _STRIDE, self.dilation, self.groups, "gelu" if gelu else "none", [], "none")
-            y = torch.ops.mkldnn._convolution_pointwise(x, self._packed_for(x), self.bias, *arguments)
+            arguments = (padding, _STRIDE, dilation, self.groups, "gelu" if gelu else "none", [], "none")
+            y = torch.ops.mkldnn._convolution_pointwise(x, self._packed_for(x, 1), self.bias, *arguments)
         else:
-            y = F.conv2d(x, self.weight, self.bias, 1, self.padding, self.dilation, self.groups)
+            y = F.conv2d(x, self.weight, self.bias, 1, padding, dilation, self.groups)
             y = F.gelu(y) if gelu else y
         return y.movedim(1, -1).to(images.dtype).contiguous()  # a copy only where axes of size 1 leave the layout open
 
-    def add_to(self, total: Tensor, images: Tensor) -> None:
-        """total [N, H, W, C'] += convolution of images [N, H, W, C]."""
+    def add_to(self, total: Tensor, images: Tensor, step: int = 1) -> None:
+        """total [N, H, W, C'] += convolution of images [N, H, W, C], with taps so many places apart."""
         x = images.movedim(-1, 1).to(self.weight.dtype)
+        padding, dilation = self._geometry(step)
         if takes(x.dtype) and total.dtype == x.dtype:
-            arguments = (self.padding, _STRIDE, self.dilation, self.groups, "add", None, None, [], None)
+            arguments = (padding, _STRIDE, dilation, self.groups, "add", None, None, [], None)
             add_ = torch.ops.mkldnn._convolution_pointwise_.binary
-            result = add_(total.movedim(-1, 1), x, self._packed_for(x), self.bias, *arguments).movedim(1, -1)
+            result = add_(total.movedim(-1, 1), x, self._packed_for(x, step), self.bias, *arguments).movedim(1, -1)
             if result.data_ptr() != total.data_ptr():  # here, too, axes of size 1
                 total.copy_(result)
         else:
-            total += F.conv2d(x, self.weight, self.bias, 1, self.padding, self.dilation, self.groups).movedim(1, -1)
+            total += F.conv2d(x, self.weight, self.bias, 1, padding, dilation, self.groups).movedim(1, -1)
 
-    def _packed_for(self, x: Tensor) -> Tensor:
+    def _geometry(self, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Padding that keeps the images' size, and dilation."""
+        sizes, dilation = self.weight.shape[2:], self.dilation * step
+        return tuple(dilation * (n - 1) // 2 for n in sizes), tuple(dilation if n > 1 else 1 for n in sizes)
+
+    def _packed_for(self, x: Tensor, step: int) -> Tensor:
         """The weights in oneDNN's own layout for inputs [N, C, H, W] of this size."""
         packed = self.packed  # read once: another thread may encode another size
-        if packed is None or packed[0] != x.shape:
+        if packed is None or packed[0] != (x.shape, step):
+            padding, dilation = self._geometry(step)
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            weight = reorder(self.weight, self.padding, _STRIDE, self.dilation, self.groups, x.shape)
-            packed = self.packed = (x.shape, weight)
+            weight = reorder(self.weight, padding, _STRIDE, dilation, self.groups, x.shape)
+            packed = self.packed = ((x.shape, step), weight)
         return packed[1]
