@@ -43,7 +43,7 @@ def as_2d(kernel: Tensor, axis: str) -> Tensor:
 class AxisSum:
     """A sum of three one-dimensional convolutions with fixed weights: the second and third add to the first's result.
 
-    A dense one along h takes a slice for one line, on which its taps are a row apart: up to 1.7 times as fast in float32.
+    A dense one along h takes a slice for one line, its taps a row apart: up to 1.7 times as fast in float32.
 
     Args:
         kernels: [C', C / groups, k] per axis.

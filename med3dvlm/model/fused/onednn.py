@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_STRIDE = (1, 1)
-
 
 def takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in this dtype on this processor."""
@@ -54,44 +52,45 @@ class Conv:
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias = None if bias is None else bias.to(dtype)
         self.dilation, self.groups = dilation, groups
-        self.packed: tuple[tuple, Tensor] | None = None
+        self.prepared: tuple[tuple, Tensor, tuple] | None = None
 
     def __call__(self, images: Tensor, gelu: bool = False) -> Tensor:
         """[N, H, W, C] -> [N, H, W, C'], with GELU (exact) if asked."""
         x = images.movedim(-1, 1).to(self.weight.dtype)
-        padding, dilation = self._geometry(1)
+        weight, geometry = self._prepared_for(x, 1)
         if takes(x.dtype):
-            arguments = (padding, _STRIDE, dilation, self.groups, "gelu" if gelu else "none", [], "none")
-            y = torch.ops.mkldnn._convolution_pointwise(x, self._packed_for(x, 1), self.bias, *arguments)
+            arguments = ("gelu" if gelu else "none", [], "none")
+            y = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, *arguments)
         else:
-            y = F.conv2d(x, self.weight, self.bias, 1, padding, dilation, self.groups)
+            y = self._by_torch(x, geometry)
             y = F.gelu(y) if gelu else y
         return y.movedim(1, -1).to(images.dtype).contiguous()  # a copy only where axes of size 1 leave the layout open
 
     def add_to(self, total: Tensor, images: Tensor, step: int = 1) -> None:
-        """total [N, H, W, C'] += convolution of images [N, H, W, C], with taps so many places apart."""
+        """total [N, H, W, C'] += convolution of images [N, H, W, C], a step being so many places."""
         x = images.movedim(-1, 1).to(self.weight.dtype)
-        padding, dilation = self._geometry(step)
+        weight, geometry = self._prepared_for(x, step)
         if takes(x.dtype) and total.dtype == x.dtype:
-            arguments = (padding, _STRIDE, dilation, self.groups, "add", None, None, [], None)
+            arguments = ("add", None, None, [], None)
             add_ = torch.ops.mkldnn._convolution_pointwise_.binary
-            result = add_(total.movedim(-1, 1), x, self._packed_for(x, step), self.bias, *arguments).movedim(1, -1)
+            result = add_(total.movedim(-1, 1), x, weight, self.bias, *geometry, *arguments).movedim(1, -1)
             if result.data_ptr() != total.data_ptr():  # here, too, axes of size 1
                 total.copy_(result)
         else:
-            total += F.conv2d(x, self.weight, self.bias, 1, padding, dilation, self.groups).movedim(1, -1)
+            total += self._by_torch(x, geometry).movedim(1, -1)
 
-    def _geometry(self, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Padding that keeps the images' size, and dilation."""
-        sizes, dilation = self.weight.shape[2:], self.dilation * step
-        return tuple(dilation * (n - 1) // 2 for n in sizes), tuple(dilation if n > 1 else 1 for n in sizes)
+    def _by_torch(self, x: Tensor, geometry: tuple) -> Tensor:
+        padding, stride, dilation, groups = geometry
+        return F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
 
-    def _packed_for(self, x: Tensor, step: int) -> Tensor:
-        """The weights in oneDNN's own layout for inputs [N, C, H, W] of this size."""
-        packed = self.packed  # read once: another thread may encode another size
-        if packed is None or packed[0] != (x.shape, step):
-            padding, dilation = self._geometry(step)
+    def _prepared_for(self, x: Tensor, step: int) -> tuple[Tensor, tuple]:
+        """For inputs [N, C, H, W] of this size: weights as oneDNN wants them; padding, stride, dilation and groups."""
+        key, prepared = (x.shape, step, takes(x.dtype)), self.prepared  # read once: others may encode another size
+        if prepared is None or prepared[0] != key:
+            sizes, dilation = self.weight.shape[2:], self.dilation * step
+            padding = [dilation * (size - 1) // 2 for size in sizes]  # keeps the images' size
+            geometry = (padding, [1, 1], [dilation if size > 1 else 1 for size in sizes], self.groups)
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            weight = reorder(self.weight, padding, _STRIDE, dilation, self.groups, x.shape)
-            packed = self.packed = ((x.shape, step), weight)
-        return packed[1]
+            weight = reorder(self.weight, *geometry, x.shape) if takes(x.dtype) else self.weight
+            prepared = self.prepared = (key, weight, geometry)
+        return prepared[1:]

@@ -34,11 +34,14 @@ class Affine(NamedTuple):
 def columns(volume: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, D, H, W] -> [B, D', H', W', 20], what the first layer's kernels see at each place of the stem's grid."""
     volume, half = volume[:, 0], TAPS // 2
-    lines = [volume[:, ::STRIDE, ::STRIDE], volume[:, ::STRIDE, :, ::STRIDE], volume[:, :, ::STRIDE]]
-    w, h, d = (places.to(dtype) for places in lines)  # whole rows are converted several times as fast
-    along_w = F.pad(w, (half, half)).unfold(3, TAPS, STRIDE)  # [B, D', H', W', 7]
-    along_h = F.pad(h, (0, 0, half, half)).unfold(2, TAPS, STRIDE)
-    along_d = F.pad(d[..., ::STRIDE], (0, 0, 0, 0, half, half)).unfold(1, TAPS, STRIDE)
+
+    def taps(lines: Tensor, dim: int) -> Tensor:
+        """[B, .., N, ..] -> [B, .., N', .., 7], N and N' in this place."""
+        return F.pad(lines, (0, 0) * (3 - dim) + (half, half)).to(dtype).unfold(dim, TAPS, STRIDE)
+
+    along_w = taps(volume[:, ::STRIDE, ::STRIDE], 3)  # [B, D', H', W', 7]
+    along_h = taps(volume[:, ::STRIDE, :, ::STRIDE], 2)
+    along_d = taps(volume[:, :, ::STRIDE, ::STRIDE], 1)
     sides = [taps[..., part] for taps in (along_h, along_d) for part in (slice(half), slice(half + 1, None))]
     return torch.cat([along_w, *sides, torch.ones_like(along_w[..., :1])], dim=-1)
 
