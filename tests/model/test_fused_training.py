@@ -188,8 +188,11 @@ def test_partly_trained_layers_and_single_values_take_the_plain_path():
         encoder_of()(volume[..., :1, :1, :1])
 
 
-def test_moments_are_those_of_the_shifted_columns():
-    x = torch.rand(2, 3, 4, 5, 2)
+@pytest.mark.parametrize("bright", [0, 1000])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 9, 8, 10)])
+def test_moments_are_those_of_the_shifted_columns(shape, bright, kernels):
+    x = bright + torch.rand(*shape, 3)
+    x[..., -1] = 1
     found = moments.along_axes(x)
     padded = torch.nn.functional.pad(x.double(), (0, 0, 1, 1, 1, 1, 1, 1))
     for dim, axis in enumerate("dhw", start=1):
@@ -199,7 +202,12 @@ def test_moments_are_those_of_the_shifted_columns():
         rows = torch.cat(shifts, dim=-1).flatten(0, 3)  # [P, 3 * C]
         torch.testing.assert_close(found.shifted_mean[axis], rows.mean(0))
         # 1.1e-6 at most for 200 such tensors: a block's differences from its first row are multiplied in float32.
-        torch.testing.assert_close(found.shifted_second[axis], rows.T @ rows / len(rows), rtol=3e-6, atol=0)
+        expected = rows.T @ rows / len(rows)
+        torch.testing.assert_close(found.shifted_second[axis], expected, rtol=3e-6, atol=0)
+        # What the centre differs from its neighbours by varies by 1/2 at most, however bright it is.
+        difference = torch.tensor([[-0.5, 0, 0, 1, 0, 0, -0.5, 0, 0]], dtype=torch.float64)
+        _, variance = moments.of_products(difference, found.shifted_mean[axis], found.shifted_second[axis])
+        torch.testing.assert_close(variance, (rows @ difference.T).var(0, correction=0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 64, 64, 8), (2, 3, 5, 7, 6), (1, 1, 1, 2, 4)])

@@ -170,14 +170,27 @@ def transposed(kernel: Tensor, groups: int = 1) -> Tensor:
 
 
 def kernel_gradient(dz: Tensor, x: Tensor, kernel: Tensor, axis: str, groups: int = 1) -> Tensor:
-    """The gradient [C', C / groups, k] of a kernel from a convolution's output gradient and input, [B, D, H, W, .]."""
-    weight = as_2d(kernel.contiguous(), axis)
-    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-    if groups > 1 and x.dtype == torch.bfloat16:  # which takes oneDNN several times as long as float32
-        dz, x, weight = dz.float(), x.float(), weight.float()
-    pair = (images(tensor, axis).movedim(-1, 1) for tensor in (dz, x))
+    """The gradient [C', C / groups, k] of a kernel from a convolution's output gradient and input, [B, D, H, W, .].
+
+    oneDNN is fast for depth-wise kernels along the first axis of an image that is no shorter than they are, and for
+    dense ones, along d, in volumes.
+    """
+    kernel = kernel.contiguous()
+    if groups > 1:
+        before, size, behind = native.lines(x, axis)
+        dtype = native.multiplied(x.dtype)
+        pair = [t.reshape(before, size, behind, -1).to(dtype) for t in (dz, x)]
+        weight = kernel.unsqueeze(-1).to(dtype)
+        if size < kernel.shape[-1]:
+            pair = [F.pad(t, (0, 0, 0, 0, 0, kernel.shape[-1] - size)) for t in pair]
+    elif axis == "d":
+        pair, weight = (dz, x), kernel[..., None, None]
+    else:
+        pair, weight = (images(t, axis) for t in (dz, x)), as_2d(kernel, axis)
+    padding = [size // 2 for size in weight.shape[2:]]
+    ones, zeros = [1] * len(padding), [0] * len(padding)
     gradients = torch.ops.aten.convolution_backward(
-        *pair, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, [False, True, False]
+        *(t.movedim(-1, 1) for t in pair), weight, None, ones, padding, ones, False, zeros, groups, [False, True, False]
     )
     return gradients[1].reshape(kernel.shape).to(kernel.dtype)
 

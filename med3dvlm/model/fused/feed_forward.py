@@ -28,15 +28,15 @@ def pointwise(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> onednn
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """The linear layer with weight [C', C], in x's dtype: [.., C] -> [.., C']."""
     dtype = native.multiplied(x.dtype)
-    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+    return onednn.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 def linear_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight from that of `linear`'s result, [.., C']."""
     dtype = native.multiplied(x.dtype)
     dy = dy.to(dtype)
-    d_weight = dy.flatten(0, -2).T @ x.flatten(0, -2).to(dtype)
-    return (dy @ weight.to(dtype)).to(x.dtype), d_weight.to(weight.dtype)
+    d_weight = onednn.product(dy.flatten(0, -2), x.flatten(0, -2).to(dtype))
+    return onednn.linear(dy, weight.to(dtype).T).to(x.dtype), d_weight.to(weight.dtype)
 
 
 class FeedForward:
@@ -85,8 +85,8 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Ten
         return out, inner
     dtype = native.multiplied(y.dtype)
     expand, expand_bias, contract, contract_bias = (tensor.to(dtype) for tensor in mlp)
-    inner = F.linear(y.to(dtype), expand, expand_bias)
-    outer = F.linear(F.gelu(inner), contract, contract_bias).to(x.dtype)
+    inner = onednn.linear(y.to(dtype), expand, expand_bias)
+    outer = onednn.linear(F.gelu(inner), contract, contract_bias).to(x.dtype)
     return torch.addcmul(x, outer, scale.to(x.dtype)), inner.to(y.dtype)
 
 
@@ -105,9 +105,9 @@ def backward(
         dtype = native.multiplied(y.dtype)
         dy, left, inner = (tensor.to(dtype).flatten(0, -2) for tensor in (dy, y, inner))  # [P, C], [P, C], [P, wide]
         expand, contract, factor = (tensor.to(dtype) for tensor in (mlp[0], mlp[2], scale))
-        d_contract = (F.gelu(inner).T @ dy).T  # [C, wide], for the gradients of `contract` and of the scale
+        d_contract = onednn.product(dy, F.gelu(inner))  # [C, wide], for the gradients of `contract` and of the scale
         d_scale = (d_contract * contract).sum(1, dtype=scale.dtype)
-        d_contract = factor[:, None] * d_contract
-        d_inner = torch.ops.aten.gelu_backward((dy * factor) @ contract, inner)
-        d_y, d_expand, d_bias = d_inner @ expand, d_inner.T @ left, d_inner.sum(0)
+        d_contract *= factor[:, None]
+        d_inner = torch.ops.aten.gelu_backward(onednn.linear(dy * factor, contract.T), inner)
+        d_y, d_expand, d_bias = onednn.linear(d_inner, expand.T), onednn.product(d_inner, left), d_inner.sum(0)
     return d_y.to(y.dtype), d_scale + total * mlp[3], [d_expand, d_bias, d_contract, scale * total]

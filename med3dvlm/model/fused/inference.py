@@ -79,9 +79,19 @@ def pooling(block: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """What a stage's first block does to [B, D, H, W, C] before its projection."""
     if isinstance(block.pool, nn.Identity):
         return block.pool
-    if native.take_dtype(dtype):
-        return native.max_pool
-    return lambda x: block.pool(x.movedim(-1, 1)).movedim(1, -1).contiguous()
+    return native.max_pool if native.take_dtype(dtype) else max_pool
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Max pooling over 3x3x3 places, stride 2, padding 1, axis by axis: [B, D, H, W, C] -> [B, D', H', W', C]."""
+    for axis in (1, 2, 3):
+        lines = x.movedim(axis, 0)
+        even, odd = lines[::2], lines[1::2]
+        y = torch.maximum(even[: len(odd)], odd)
+        y = y if len(y) == len(even) else torch.cat([y, even[len(odd) :]])
+        torch.maximum(y[1:], odd[: len(y) - 1], out=y[1:])
+        x = y.movedim(0, axis)
+    return x.contiguous()
 
 
 def depthwise(kernels: dict[str, Tensor], bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

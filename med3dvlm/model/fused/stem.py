@@ -35,13 +35,13 @@ def columns(volume: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, D, H, W] -> [B, D', H', W', 20], what the first layer's kernels see at each place of the stem's grid."""
     volume, half = volume[:, 0], TAPS // 2
 
-    def taps(lines: Tensor) -> Tensor:
-        """[.., .., .., N] -> [.., .., .., N', 7]."""
-        return F.pad(lines.to(dtype), (half, half)).unfold(3, TAPS, STRIDE)
+    def taps(lines: Tensor, dim: int) -> Tensor:
+        """[B, .., N, ..] -> [B, .., N', .., 7], N and N' in this place."""
+        return F.pad(lines, (0, 0) * (3 - dim) + (half, half)).to(dtype).unfold(dim, TAPS, STRIDE)
 
-    along_w = taps(volume[:, ::STRIDE, ::STRIDE, :])  # [B, D', H', W', 7]
-    along_h = taps(volume[:, ::STRIDE, :, ::STRIDE].transpose(2, 3)).transpose(2, 3)
-    along_d = taps(volume[:, :, ::STRIDE, ::STRIDE].movedim(1, 3)).movedim(3, 1)
+    along_w = taps(volume[:, ::STRIDE, ::STRIDE], 3)  # [B, D', H', W', 7]
+    along_h = taps(volume[:, ::STRIDE, :, ::STRIDE], 2)
+    along_d = taps(volume[:, :, ::STRIDE, ::STRIDE], 1)
     sides = [taps[..., part] for taps in (along_h, along_d) for part in (slice(half), slice(half + 1, None))]
     return torch.cat([along_w, *sides, torch.ones_like(along_w[..., :1])], dim=-1)
 
