@@ -17,12 +17,17 @@ AXES = ("h", "w", "d")
 
 def convolutions(layer: nn.Module) -> dict[str, nn.Conv3d]:
     """The three convolutions of a decomposed layer by axis."""
-    return {"h": layer.c1[0], "w": layer.c2[0], "d": layer.c3[0]}
+    return {axis: conv for axis, (conv, _) in _branches(layer)}
 
 
 def batch_norms(layer: nn.Module) -> dict[str, nn.BatchNorm3d]:
     """The three batch norms of a decomposed layer by axis."""
-    return {"h": layer.c1[1], "w": layer.c2[1], "d": layer.c3[1]}
+    return {axis: norm for axis, (_, norm) in _branches(layer)}
+
+
+def _branches(layer: nn.Module) -> zip:
+    """Each axis with its branch, a convolution and a batch norm."""
+    return zip(AXES, (layer.c1, layer.c2, layer.c3), strict=True)
 
 
 def kernels_of(layer: nn.Module) -> dict[str, Tensor]:

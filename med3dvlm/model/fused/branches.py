@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from med3dvlm.model.fused.axes import AXES, AxisSum, as_2d, batch_norms, convolutions, images, kernels_of
+from med3dvlm.model.fused.axes import AXES, AxisSum, as_2d, batch_norms, convolutions, images
 from med3dvlm.model.fused.native import kernels as native
 
 PARAMETERS = 12  # of a layer
@@ -16,28 +17,29 @@ PARAMETERS = 12  # of a layer
 
 def parameters_of(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     """What `Branches` takes of a layer: kernels in `dtype`, biases, weights and shifts of batch norms, three each."""
-    norms = batch_norms(layer)
+    convs, norms = convolutions(layer).values(), batch_norms(layer).values()
     return [
-        *(kernels_of(layer)[axis].to(dtype) for axis in AXES),
-        *(convolutions(layer)[axis].bias for axis in AXES),
-        *(norms[axis].weight.to(norms[axis].running_mean.dtype) for axis in AXES),
-        *(norms[axis].bias.to(norms[axis].running_mean.dtype) for axis in AXES),
+        *(conv.weight.flatten(2).to(dtype) for conv in convs),
+        *(conv.bias for conv in convs),
+        *(norm.weight.to(norm.running_mean.dtype) for norm in norms),
+        *(norm.bias.to(norm.running_mean.dtype) for norm in norms),
     ]
 
 
-def update_running(layer: nn.Module, axis: str, mean: Tensor, var: Tensor, count: int) -> None:
-    """Let one batch norm of a layer see a batch.
+def update_running(layer: nn.Module, mean: Iterable[Tensor], var: Iterable[Tensor], count: int) -> None:
+    """Let the batch norms of a layer see a batch.
 
     Args:
-        mean: [C], of the convolution without its bias.
-        var: [C], biased.
+        mean: [C] per axis, of the convolution without its bias.
+        var: [C] per axis, biased.
         count: places that they are taken over.
     """
-    norm, bias = batch_norms(layer)[axis], convolutions(layer)[axis].bias
-    dtype = norm.running_mean.dtype
-    norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_((mean + bias.detach()).to(dtype), norm.momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(dtype), norm.momentum)
+    three = zip(convolutions(layer).values(), batch_norms(layer).values(), mean, var, strict=True)
+    for conv, norm, of_axis, spread in three:
+        dtype = norm.running_mean.dtype
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_((of_axis + conv.bias.detach()).to(dtype), norm.momentum)
+        norm.running_var.lerp_((spread * (count / (count - 1))).to(dtype), norm.momentum)
 
 
 class Branches:

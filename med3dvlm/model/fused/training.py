@@ -61,12 +61,13 @@ def stem_start(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
 
 def batch_affine(layer: nn.Module, stats: dict[str, tuple[Tensor, Tensor]], count: int) -> dict[str, stem.Affine]:
     """A layer's batch norms with the mean and variance [C] of the batch, which their running statistics also see."""
-    affine = {}
+    means, variances = zip(*(stats[axis] for axis in AXES), strict=True)
+    update_running(layer, [mean.detach() for mean in means], [var.detach() for var in variances], count)
+    affine, convs = {}, convolutions(layer)
     for axis, norm in batch_norms(layer).items():
         mean, var = stats[axis]
-        update_running(layer, axis, mean.detach(), var.detach(), count)
-        bias = convolutions(layer)[axis].bias  # taken away again by the batch norm: gradient 0, but not none
-        affine[axis] = stem.affine_of(norm, 0 * bias.to(var.dtype), mean, var)
+        # The bias is taken away again by the batch norm: its gradient is 0, but not none.
+        affine[axis] = stem.affine_of(norm, 0 * convs[axis].bias.to(var.dtype), mean, var)
     return affine
 
 
@@ -88,8 +89,7 @@ def normalise(
 ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
     """[B, D, H, W, C] -> branch outputs, the sum of their batch norms [B, D, H, W, C'], and (mean, 1 / std) [3, C']."""
     z, mean, var = branches.measure(x)
-    for i, axis in enumerate(AXES):
-        update_running(layer, axis, mean[i], var[i], z[axis][..., 0].numel())
+    update_running(layer, mean, var, x[..., 0].numel())
     inverse_std = (var + batch_norms(layer)["h"].eps).rsqrt()
     return z, branches.normalised_sum(z, mean, inverse_std), (mean, inverse_std)
 

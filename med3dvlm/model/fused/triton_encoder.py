@@ -131,8 +131,7 @@ def normalised(layer: nn.Module, x: Tensor, kernels: dict[str, Tensor]) -> Tenso
     biases = torch.stack([convolutions(layer)[axis].bias for axis in AXES]).to(kept)
     shift = torch.stack([norms[axis].bias for axis in AXES]).to(kept) + 0 * biases
     y, mean, var = NormalisedSum.apply(x.contiguous(), stacked(kernels).to(kept), weight, shift)
-    for i, axis in enumerate(AXES):
-        update_running(layer, axis, mean[i], var[i], x[..., 0].numel())
+    update_running(layer, mean, var, x[..., 0].numel())
     return y
 
 
