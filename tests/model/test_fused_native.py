@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from med3dvlm.model.dcformer import DCFormer
 from med3dvlm.model.fused import branches, feed_forward
 from med3dvlm.model.fused.axes import AXES, as_2d, images
-from med3dvlm.model.fused.native import build, kernels
+from med3dvlm.model.fused.native import build, kernels, mlp
 from tests.helpers.golden import fill_by_rule, relative_deviation, rule_volume
 
 needs_kernels = pytest.mark.skipif(
@@ -184,9 +184,9 @@ def test_the_feed_forward_part(dtype, places, channels, wide, threads):
     expand, contract = torch.randn(wide, channels).to(dtype), (torch.randn(channels, wide) / wide**0.5).to(dtype)
     biases, scale = (torch.randn(wide), torch.randn(channels)), torch.randn(channels)
     out, inner = torch.empty_like(x), torch.empty(places, wide, dtype=dtype)
-    packed = (kernels.panels(expand, dtype), biases[0]), (kernels.panels(contract, dtype), biases[1])
+    packed = (mlp.panels(expand, dtype), biases[0]), (mlp.panels(contract, dtype), biases[1])
     with on_threads(threads):
-        kernels.feed_forward(x, y, *packed, scale, out, inner)
+        mlp.feed_forward(x, y, *packed, scale, out, inner)
 
     before = F.linear(y.double(), expand.double(), biases[0].double())
     active = F.gelu(before)
@@ -199,8 +199,8 @@ def test_the_feed_forward_part(dtype, places, channels, wide, threads):
         assert ((out - reference).abs() <= of_active + 2**-8 * reference.abs() + 1e-4).all()
     again, wider = x.clone(), torch.empty(places, channels)
     with on_threads(threads):
-        kernels.feed_forward(again, y, *packed, scale, again)
-        kernels.feed_forward(x.float(), y, *packed, scale, wider)  # the residual connection in float32
+        mlp.feed_forward(again, y, *packed, scale, again)
+        mlp.feed_forward(x.float(), y, *packed, scale, wider)  # the residual connection in float32
     assert torch.equal(again, out) and torch.equal(wider.to(dtype), out)
 
 
@@ -216,7 +216,7 @@ def test_the_gradients_of_the_feed_forward_part(dtype, places, channels, wide, t
     d_inner, *gradients = torch.autograd.grad(reference, (inner, weight, factor), dy.double())
     gradients = [d_inner @ expand.double(), d_inner.T @ y.double(), d_inner.sum(0), *gradients]
     with on_threads(threads):
-        found = kernels.feed_forward_gradients(dy, y, before, expand, contract, scale)
+        found = mlp.feed_forward_gradients(dy, y, before, expand, contract, scale)
     in_pairs = dtype == torch.bfloat16 and kernels.build.library().bfloat16_products() == 1
     distance = 1e-2 if in_pairs else 1e-6  # a factor is rounded by up to 2^-9, and one row in 1000 has a share of 3e-2
     assert all(relative_l2(*pair) <= distance for pair in zip(found, gradients, strict=True))
@@ -275,9 +275,9 @@ def on_threads(number: int):
 @needs_kernels
 def test_gelu_is_exact_up_to_rounding_everywhere():
     x = torch.linspace(-30, 30, 16 * 2048).view(-1, 16)
-    identity, zeros = kernels.panels(torch.eye(16), torch.float32), torch.zeros(16)
+    identity, zeros = mlp.panels(torch.eye(16), torch.float32), torch.zeros(16)
     found = torch.empty_like(x)
-    kernels.feed_forward(torch.zeros_like(x), x, (identity, zeros), (identity, zeros), torch.ones(16), found)
+    mlp.feed_forward(torch.zeros_like(x), x, (identity, zeros), (identity, zeros), torch.ones(16), found)
     assert ((found - F.gelu(x.double())).abs() <= 5e-7 + 1e-7 * x.abs()).all()
 
 

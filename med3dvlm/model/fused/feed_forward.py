@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from med3dvlm.model.fused import onednn
 from med3dvlm.model.fused.native import kernels as native
+from med3dvlm.model.fused.native import mlp as compiled
 
 
 def folded(block: nn.Module, dtype: torch.dtype) -> NativeFeedForward | FeedForward:
@@ -58,12 +59,12 @@ class NativeFeedForward:
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
-        self.expand = (native.panels(expand.weight, dtype), expand.bias.float().contiguous())
-        self.contract = (native.panels(contract.weight, dtype), contract.bias.float().contiguous())
+        self.expand = (compiled.panels(expand.weight, dtype), expand.bias.float().contiguous())
+        self.contract = (compiled.panels(contract.weight, dtype), contract.bias.float().contiguous())
         self.scale = block.scale.float().contiguous()
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
-        native.feed_forward(x, y, self.expand, self.contract, self.scale, out=x)
+        compiled.feed_forward(x, y, self.expand, self.contract, self.scale, out=x)
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -80,8 +81,8 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Ten
     if worth_packing and native.take_products(y.dtype, channels, wide):
         expand, expand_bias, contract, contract_bias = (tensor.float() for tensor in mlp)
         out, inner = torch.empty_like(x), y.new_empty(*y.shape[:-1], wide)
-        packed = (native.panels(expand, y.dtype), expand_bias), (native.panels(contract, y.dtype), contract_bias)
-        native.feed_forward(x, y, *packed, scale.float(), out, inner)
+        packed = (compiled.panels(expand, y.dtype), expand_bias), (compiled.panels(contract, y.dtype), contract_bias)
+        compiled.feed_forward(x, y, *packed, scale.float(), out, inner)
         return out, inner
     dtype = native.multiplied(y.dtype)
     expand, expand_bias, contract, contract_bias = (tensor.to(dtype) for tensor in mlp)
@@ -98,7 +99,7 @@ def backward(
     total = dy.flatten(0, -2).sum(0, dtype=scale.dtype)  # [C]
     if native.take_products(y.dtype, channels, wide):
         dy, expand, contract, factor = (tensor.float() for tensor in (dy, mlp[0], mlp[2], scale))
-        d_y, d_expand, d_bias, d_contract, d_scale = native.feed_forward_gradients(
+        d_y, d_expand, d_bias, d_contract, d_scale = compiled.feed_forward_gradients(
             dy, y, inner, expand, contract, factor
         )
     else:

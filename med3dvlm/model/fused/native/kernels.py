@@ -4,16 +4,14 @@ leave a kernel. Kernels of convolutions are [C', C / groups, k] in any dtype; wh
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from med3dvlm.model.fused.native import build
+from med3dvlm.model.fused.native.calls import call, places_and_channels
 
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (3, 5, 7, 9, 11, 13)  # of depth-wise kernels
-PANEL = 64  # columns of a panel of weights, as in feed_forward.cpp
 _ABILITIES = getattr(torch.cpu, "get_capabilities", dict)()  # of the processor; torch did not always tell
 _AMX = _ABILITIES.get("amx_tile", False)
 # G of Winograd's F(4, 3), six weights for three taps, from the points of winograd.cpp: each with the product of its
@@ -60,9 +58,9 @@ def convolve(
     y = x.new_empty(*x.shape[:-1], weights.shape[-1]) if add_to is None else add_to
     rest = (weights, bias, y, add_to is not None, sums, *lines(x, axis), x.shape[-1])
     if weights.ndim == 2:
-        _call("depthwise_convolve", x, x, *rest, len(weights))
+        call("depthwise_convolve", x, x, *rest, len(weights))
     else:
-        _call("winograd_convolve", x, x, *rest, weights.shape[-1])
+        call("winograd_convolve", x, x, *rest, weights.shape[-1])
     return y
 
 
@@ -77,7 +75,7 @@ def convolve_directly(x: Tensor, kernel: Tensor, axis: str, sums: Tensor) -> Ten
     weights = kernel.permute(2, 1, 0).contiguous()  # [3, C, C']
     if x.dtype == torch.bfloat16:
         weights = weights.view(3, -1, 2, len(kernel)).transpose(2, 3).contiguous()
-    _call("dense_convolve", x, x, weights, y, sums, *lines(x, axis), x.shape[-1], len(kernel))
+    call("dense_convolve", x, x, weights, y, sums, *lines(x, axis), x.shape[-1], len(kernel))
     return y
 
 
@@ -90,7 +88,7 @@ def fourier(volume: Tensor, weights: Tensor) -> Tensor:
     """The stem without the corrections of `fused.fourier.Face`: [B, 1, D, H, W] float32 -> [B, D', H', W', C]."""
     sizes = (len(volume), *volume.shape[2:], weights.shape[0] * weights.shape[-1])
     y = volume.new_empty(len(volume), *((n + 3) // 4 for n in volume.shape[2:]), sizes[-1], dtype=weights.dtype)
-    _call("fourier_convolve", y, volume, weights, y, *sizes)
+    call("fourier_convolve", y, volume, weights, y, *sizes)
     return y
 
 
@@ -110,7 +108,7 @@ def correct_side(
         weights: [R, C] float32.
     """
     sizes = (y.shape[-1], len(volume), *volume.shape[2:])
-    _call("faces_correct", y, volume, where, counts, len(counts), weights, y, *sizes, axis, high)
+    call("faces_correct", y, volume, where, counts, len(counts), weights, y, *sizes, axis, high)
 
 
 def depthwise_sum(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -122,7 +120,7 @@ def depthwise_sum(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
         bias: [C], float32.
     """
     y = torch.empty_like(x)
-    _call("depthwise_sum", x, x, taps, bias, y, *x.shape, taps.shape[1])
+    call("depthwise_sum", x, x, taps, bias, y, *x.shape, taps.shape[1])
     return y
 
 
@@ -159,24 +157,24 @@ def _kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str, *others: 
     channels, places = x.shape[-1], lines(x, axis)
     if kernel.shape[1] == 1:
         taps = torch.zeros(kernel.shape[-1], channels)
-        _call("depthwise_gradients", x, x, dy, *others, taps, *places, channels, len(taps))
+        call("depthwise_gradients", x, x, dy, *others, taps, *places, channels, len(taps))
         return taps.T.unsqueeze(1).to(kernel.dtype)
     weights = torch.zeros(len(SPREAD), channels, len(kernel))
-    _call("winograd_gradients", x, x, dy, *others, weights, *places, channels, len(kernel))
+    call("winograd_gradients", x, x, dy, *others, weights, *places, channels, len(kernel))
     return torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
 
 
 def normalised_sum(z: list[Tensor], scale: Tensor, shift: Tensor) -> Tensor:
     """Sum of scale[i] * z[i], plus shift: [.., C] three times, [3, C] and [C] float32 -> [.., C]."""
     y = torch.empty_like(z[0])
-    _call("norms_sum", y, *z, scale.contiguous(), shift, y, *_places(y))
+    call("norms_sum", y, *z, scale.contiguous(), shift, y, *places_and_channels(y))
     return y
 
 
 def gradient_sums(dy: Tensor, z: list[Tensor], mean: Tensor) -> Tensor:
     """Sums over places of dy, and of dy * (z[i] - mean[i]): [.., C] and [3, C] float32 -> [4, C] float64."""
     sums = torch.zeros(4, dy.shape[-1], dtype=torch.float64)
-    _call("norms_gradient_sums", dy, dy, *z, mean, sums, *_places(dy))
+    call("norms_gradient_sums", dy, dy, *z, mean, sums, *places_and_channels(dy))
     return sums
 
 
@@ -203,21 +201,21 @@ def _multiplies_bfloat16() -> bool:
 def max_pool(x: Tensor) -> Tensor:
     """Max pooling over 3x3x3 places, stride 2, padding 1: [B, D, H, W, C] -> [B, D', H', W', C], halves rounded up."""
     y = x.new_empty(_halved(x))
-    _call("max_pool", x, x, y, None, *x.shape)
+    call("max_pool", x, x, y, None, *x.shape)
     return y
 
 
 def max_pool_with_places(x: Tensor) -> tuple[Tensor, Tensor]:
     """`max_pool`, and which of its 27 inputs each result is, as `max_pool_gradient` takes it."""
     y, places = x.new_empty(_halved(x)), torch.empty(_halved(x), dtype=torch.uint8)
-    _call("max_pool", x, x, y, places, *x.shape)
+    call("max_pool", x, x, y, places, *x.shape)
     return y, places
 
 
 def max_pool_gradient(dy: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """The gradient of an input of `max_pool` with this shape."""
     dx = dy.new_empty(shape)
-    _call("max_pool_gradient", dy, dy, places, dx, *shape)
+    call("max_pool_gradient", dy, dy, places, dx, *shape)
     return dx
 
 
@@ -226,79 +224,10 @@ def take_places(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type == "cpu" and not x.requires_grad and build.wanted()
 
 
-def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] of a linear layer of rows in `dtype`, as read fastest: [N / 64, K, 64] float32, zeros after N.
-
-    Where bfloat16 is multiplied in pairs, [N / 64, K / 2, 64, 2] of it, so that neighbours along K lie side by side.
-    """
-    in_pairs = dtype == torch.bfloat16 and build.library().bfloat16_products() == 1
-    (count, length), last = weight.shape, (PANEL, 2) if in_pairs else (PANEL,)
-    packed = torch.empty(-(-count // PANEL), length // len(last), *last, dtype=dtype if in_pairs else torch.float32)
-    _call("feed_forward_panels", packed, weight.float().contiguous(), packed, count, length)
-    return packed
-
-
-def feed_forward(
-    x: Tensor,
-    y: Tensor,
-    expand: tuple[Tensor, Tensor],
-    contract: tuple[Tensor, Tensor],
-    scale: Tensor,
-    out: Tensor,
-    inner: Tensor | None = None,
-) -> None:
-    """out = x + scale * contract(gelu(expand(y))), sums in float32.
-
-    Args:
-        x, out: [.., C] in float32 or bfloat16; `out` may be x.
-        y: [.., C] in float32 or bfloat16.
-        expand: `panels` of [wide, C] for y's dtype, and bias [wide], float32.
-        contract: `panels` of [C, wide] for y's dtype, and bias [C], float32.
-        scale: [C], float32.
-        inner: [.., wide] in y's dtype, where expand(y) is kept if wanted.
-    """
-    (places, channels), wide = _places(y), len(expand[1])
-    sizes = (places, channels, wide, places > 2 * wide)  # then threads share the places, else the inner channels
-    _call("feed_forward", y, x.dtype == torch.bfloat16, x, y, *expand, *contract, scale, inner, out, *sizes)
-
-
-def feed_forward_gradients(
-    dy: Tensor, y: Tensor, inner: Tensor, expand: Tensor, contract: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y, expand [wide, C], its bias [wide], contract and scale (but for the bias beside it), float32.
-
-    Factors of products are rounded to bfloat16 if y has it and the processor multiplies it in pairs, sums are not.
-
-    Args:
-        dy: [.., C], the gradient of `feed_forward`'s result, float32.
-        y, inner, scale: as there.
-        expand, contract: weights alone, [wide, C] and [C, wide] as in linear layers, float32.
-    """
-    (places, channels), wide = _places(y), len(expand)
-    of_places, of_inner = _shares(places, wide, torch.get_num_threads())
-    d_y, d_expand = torch.empty(of_inner, *y.shape), torch.empty(of_places, wide, channels)
-    d_bias, d_contract = torch.empty(of_places, wide), torch.empty(of_places, channels, wide)
-    d_scale = torch.zeros(of_places * of_inner, channels)
-    gradients = (d_y, d_expand, d_bias, d_contract, d_scale)
-    sizes = (places, channels, wide, of_places, of_inner)
-    _call("feed_forward_gradients", y, dy, y, inner, expand, contract, scale, *gradients, *sizes)
-    return tuple(gradient[0] if len(gradient) == 1 else gradient.sum(0) for gradient in gradients)
-
-
-def _shares(places: int, wide: int, threads: int) -> tuple[int, int]:
-    """Shares of the places and of the inner channels that together occupy the threads, with least memory for sums.
-
-    None is empty: what it sums up would not be set.
-    """
-    panels = -(-wide // PANEL)
-    pairs = [(share, min(threads // share, panels)) for share in range(1, min(threads, places) + 1)]
-    return min(pairs, key=lambda pair: (-pair[0] * pair[1], 2 * wide * pair[0] + places * pair[1]))
-
-
 def second_moments(a: Tensor, b: Tensor) -> Tensor:
     """a' b of [P, C] twice -> [C, C] float64; in a block of places, differences from its first are float32."""
     result = torch.zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
-    _call("moments_second", a, a.contiguous(), b.contiguous(), result, *a.shape)
+    call("moments_second", a, a.contiguous(), b.contiguous(), result, *a.shape)
     return result
 
 
@@ -315,28 +244,3 @@ def lines(x: Tensor, axis: str) -> tuple[int, int, int]:
 def _halved(x: Tensor) -> tuple[int, ...]:
     batch, depth, height, width, channels = x.shape
     return batch, (depth + 1) // 2, (height + 1) // 2, (width + 1) // 2, channels
-
-
-def _places(x: Tensor) -> tuple[int, int]:
-    return x[..., 0].numel(), x.shape[-1]
-
-
-def _call(name: str, like: Tensor, *arguments: Tensor | int | bool | None) -> None:
-    """Call a function of the library with `like`'s storage type first and the number of threads last."""
-    function = getattr(build.library(), name)
-    arguments = (like.dtype == torch.bfloat16, *arguments, torch.get_num_threads())
-    if function.argtypes is None:
-        function.argtypes, function.restype = [_type_of(argument) for argument in arguments], None
-    function(*(_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
-
-
-def _type_of(argument: Tensor | int | bool | None) -> type:
-    if argument is None or isinstance(argument, Tensor):
-        return ctypes.c_void_p
-    return ctypes.c_bool if isinstance(argument, bool) else ctypes.c_long
-
-
-def _address(tensor: Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise ValueError(f"kernels take contiguous tensors, found strides {tensor.stride()} of {tensor.shape}")
-    return tensor.data_ptr()
