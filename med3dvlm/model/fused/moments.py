@@ -48,23 +48,19 @@ def along_axes(x: Tensor) -> Moments:
 
 
 def _along_axes(x: Tensor) -> Moments:
-    """Moments of [B, D, H, W, C]."""
+    """Moments of [B, D, H, W, C]. Products with the last channel, which is 1, are sums."""
     count, channels = x[..., 0].numel(), x.shape[-1]
-    total, here = x.sum((0, 1, 2, 3), dtype=torch.float64), product(x.reshape(-1, channels), x.reshape(-1, channels))
+    here = product(x.reshape(-1, channels), x.reshape(-1, channels))
     means, seconds = {}, {}
     for axis in AXES:
         dim = {"d": 1, "h": 2, "w": 3}[axis]
         lines = x.flatten(0, dim - 1).flatten(2, -2) if axis != "w" else x.flatten(0, 2).unsqueeze(2)  # [N, size, M, C]
-        first, last = lines[:, 0].reshape(-1, channels), lines[:, -1].reshape(-1, channels)
-        means[axis] = torch.cat([total - last.double().sum(0), total, total - first.double().sum(0)]) / count
+        first, last = (product(ends, ends) for ends in (lines[:, i].reshape(-1, channels) for i in (0, -1)))
         one, two = along_lines(lines, 1), along_lines(lines, 2)
-        rows = [
-            [here - product(last, last), one, two],
-            [one.T, here, one],
-            [two.T, one.T, here - product(first, first)],
-        ]
+        rows = [[here - last, one, two], [one.T, here, one], [two.T, one.T, here - first]]
+        means[axis] = torch.cat([rows[i][i][:, -1] for i in range(3)]) / count
         seconds[axis] = torch.cat([torch.cat(row, dim=1) for row in rows]) / count
-    return Moments(total / count, here / count, means, seconds)
+    return Moments(here[:, -1] / count, here / count, means, seconds)
 
 
 def along_lines(lines: Tensor, step: int) -> Tensor:
