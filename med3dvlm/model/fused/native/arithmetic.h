@@ -215,11 +215,6 @@ class Sums {
 public:
     explicit Sums(long channels) : channels(channels), part(3 * channels), total(2 * channels) {}
 
-    void see(const float* row) {
-        bool first = count == 0;
-        for (long c = 0; c < channels; c += LANES) see(c, load(row + c), first);
-    }
-
     // LANES channels of one place, from c on.
     void see(long c, lanes x, bool first_of_block) {
         float *first = &part[c], *sum = first + channels, *square = sum + channels;

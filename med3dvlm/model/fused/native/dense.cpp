@@ -50,11 +50,16 @@ void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& bl
                     }
                 }
             }
-            for (long m = 0; m < count; ++m) {
-                ours.see(&result[m * n_out]);
-                put_row(&result[m * n_out], n_out, y + (first + m) * n_out, false);
+            for (long c = 0; c < n_out; c += LANES) {
+                lanes one = load(&result[c]), sum{}, square{};
+                for (long m = 0; m < count; ++m) {
+                    lanes value = load(&result[m * n_out + c]), difference = value - one;
+                    store(y + (first + m) * n_out + c, value);
+                    sum += difference;
+                    square += difference * difference;
+                }
+                ours.add_block(c, one, sum, square, count);
             }
-            ours.end_block();
         }
     }
     for (const Sums& of_thread : seen) of_thread.add_to(sums);
