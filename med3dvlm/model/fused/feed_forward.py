@@ -77,7 +77,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Ten
         mlp: weight [wide, C] and bias of the expansion, weight [C, wide] and bias of the contraction.
     """
     wide, channels = mlp[0].shape
-    worth_packing = y[..., 0].numel() >= channels // 2  # a copy of the weights
+    worth_packing = y[..., 0].numel() >= channels  # a copy of the weights
     if worth_packing and native.take_products(y.dtype, channels, wide):
         expand, expand_bias, contract, contract_bias = (tensor.float() for tensor in mlp)
         out, inner = torch.empty_like(x), y.new_empty(*y.shape[:-1], wide)
