@@ -201,7 +201,7 @@ def test_statistics_of_a_body_in_air(kernels):
         assert relative_deviation(state.double(), reference) <= 5e-6
     for key, buffer in encoder.named_buffers():
         if key.startswith("encoder.s0") and key.endswith("running_var"):
-            torch.testing.assert_close(buffer.double(), expected.get_buffer(key), rtol=5e-5, atol=0, msg=key)
+            torch.testing.assert_close(buffer.double(), expected.get_buffer(key), rtol=1e-4, atol=0, msg=key)
 
 
 @pytest.mark.parametrize("bright", [0, 1000])
