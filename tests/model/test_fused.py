@@ -117,6 +117,16 @@ def test_bfloat16_needs_no_support_by_onednn_where_it_is_widened(monkeypatch):
         assert (state - expected).norm() <= 1.5e-2 * expected.norm()
 
 
+def test_a_torch_without_an_operator_takes_the_plain_path(monkeypatch, caplog):
+    monkeypatch.setattr(onednn, "_COMPLETE", False)
+    choice._log_once.cache_clear()
+    encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="med3dvlm"):
+        found = encoder(volume)
+        assert not encoder.fused_cache and "oneDNN does not take torch.float32" in caplog.text
+        assert all(torch.equal(a, b) for a, b in zip(found, encoder._plain(volume), strict=True))
+
+
 def change_in_place(encoder):
     with torch.no_grad():
         encoder.encoder["s2"][0].mlp.mlp[3].weight.mul_(1.5)

@@ -188,6 +188,22 @@ def test_partly_trained_layers_and_single_values_take_the_plain_path():
         encoder_of()(volume[..., :1, :1, :1])
 
 
+def test_statistics_of_a_body_in_air(kernels):
+    # The grid's border and the air are far from the mean of what the branches' outputs vary by within the body.
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (32, 64, 64)), indexing="ij")
+    inside = axes[1].square() + axes[2].square() < 0.7
+    volume = (inside * (0.5 + 0.05 * torch.sin(5 * axes[0] + 3 * axes[1]) * torch.cos(4 * axes[2])))[None, None]
+    encoder = encoder_of()
+    for norm in (module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm3d)):
+        norm.momentum = 1.0
+    expected = copy.deepcopy(encoder).double()
+    for state, reference in zip(encoder(volume), expected._plain(volume.double()), strict=True):
+        assert relative_deviation(state.double(), reference) <= 5e-6
+    for key, buffer in encoder.named_buffers():
+        if key.startswith("encoder.s0") and key.endswith("running_var"):
+            torch.testing.assert_close(buffer.double(), expected.get_buffer(key), rtol=1e-4, atol=0, msg=key)
+
+
 @pytest.mark.parametrize("bright", [0, 1000])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 9, 8, 10)])
 def test_moments_are_those_of_the_shifted_columns(shape, bright, kernels):

@@ -49,7 +49,8 @@ class AxisSum:
     """A sum of three one-dimensional convolutions with fixed weights: the second and third add to the first's result.
 
     What oneDNN is slow for in float32 is put in another way. A dense one along h takes a slice for one line, its taps a
-    row apart. The outer taps along d of a layer that keeps its width are point-wise layers of volumes moved by a slice.
+    row apart (as fast in bfloat16). In float32 the outer taps along d of a layer that keeps its width are point-wise
+    layers of volumes moved by a slice.
 
     Args:
         kernels: [C', C / groups, k] per axis.
@@ -96,7 +97,8 @@ class AxisSum:
             self.along_d.add_to(images(y, "d"), images(inputs["d"], "d"))
             return y
         before, after = self.from_neighbours
-        for total, x in zip(y.split(1), inputs["d"].split(1), strict=True):  # samples, contiguous without some slices
+        samples = zip(y.split(1), inputs["d"].split(1), strict=True)  # each is contiguous without a slice, too
+        for total, x in samples:
             before.add_to(images(total[:, 1:], "d"), images(x[:, :-1], "d"))
             after.add_to(images(total[:, :-1], "d"), images(x[:, 1:], "d"))
         return y

@@ -2,7 +2,8 @@
 
 `torch.compile` uses these operators when it freezes a model; called directly they need no compiler and no warm-up.
 torch itself leaves float32 products to MKL, which takes twice as long on the AMD processor (Zen 5) that it was timed
-on. For tensors that oneDNN has no kernels for, the same is computed by torch, in several passes.
+on. For tensors that oneDNN has no kernels for, the same is computed by torch, in several passes. The operators are not
+part of torch's public interface: in a version without one of them oneDNN takes nothing, and the encoder its plain path.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_NAMES = (
+    "_convolution_pointwise",
+    "_convolution_pointwise_",
+    "_is_mkldnn_bf16_supported",
+    "_linear_pointwise",
+    "_reorder_convolution_weight",
+)
+_COMPLETE = all(hasattr(torch.ops.mkldnn, name) for name in _NAMES)
+
 
 def takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in this dtype on this processor."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not _COMPLETE or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -30,7 +40,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a' b of [P, N] and [P, K] -> [N, K]."""
     if a.dtype != torch.float32 or not takes(a.dtype):
         return a.T @ b
-    if len(a) > a.shape[1] > b.shape[1]:  # the first factor is laid out anew
+    if len(a) > a.shape[1] > b.shape[1]:  # oneDNN copies its first factor: of many places the narrower one
         return linear(b.T, a.T).T
     return linear(a.T, b.T)
 
