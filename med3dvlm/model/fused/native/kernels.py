@@ -225,7 +225,7 @@ def take_places(x: Tensor) -> bool:
 
 
 def second_moments(a: Tensor, b: Tensor) -> Tensor:
-    """a' b of [P, C] twice -> [C, C] float64; in a block of places, differences from its first are float32."""
+    """a' b of [P, C] twice -> [C, C], in float64."""
     result = torch.zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
     call("moments_second", a, a.contiguous(), b.contiguous(), result, *a.shape)
     return result

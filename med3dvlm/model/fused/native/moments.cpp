@@ -1,60 +1,59 @@
-// Second moments of channels, as exact as in float64 arithmetic: products of a block are float32 and taken about the
-// block's first places, sums of blocks are float64.
+// Second moments of channels in float64, in which products of float32 numbers are exact: a variance that follows from them
+// is a difference of nearly equal numbers.
 #include "arithmetic.h"
 
 namespace {
 
-constexpr long ROWS = 4;  // that are taken together: n is no multiple of LANES
+constexpr int NUMBERS = LANES / 2;  // in a register
+constexpr int HIGH = 4, BROAD = 3;  // rows and registers of a tile; its sums fill the registers
+constexpr long ROWS = 64;           // places that are worked on while they lie in the first-level cache
 
-// Places of one block as differences from its first, [count, n], and their sums.
-struct Block {
-    long n;
-    std::vector<float> first = std::vector<float>(ROWS * n), sum = first, rows;
+typedef double doubles __attribute__((vector_size(4 * LANES), aligned(8)));
 
-    explicit Block(long n) : n(n), rows(BLOCK * n + round_up(n, LANES) + TALL) {}  // `product` reads beyond the last
+template <class T>
+void widen(const T* x, double* to, long count) {
+    #pragma omp simd
+    for (long c = 0; c < count; ++c) to[c] = get(x[c]);
+}
 
-    template <class T>
-    void read(const T* x, long count) {
-        for (long c = 0; c < n; ++c) first[c] = get(x[c]);
-        for (long m = 1; m < ROWS; ++m) std::copy_n(first.data(), n, &first[m * n]);
-        std::fill(sum.begin(), sum.end(), 0.f);
-        for (long m = 0; m < count; m += ROWS) {
-            const T* from = x + m * n;
-            float* to = &rows[m * n];
-            #pragma omp simd
-            for (long c = 0; c < std::min(ROWS, count - m) * n; ++c) {
-                to[c] = get(from[c]) - first[c];
-                sum[c] += to[c];
-            }
-        }
-        for (long m = 1; m < ROWS; ++m)
-            for (long c = 0; c < n; ++c) sum[c] += sum[m * n + c];
-    }
-};
+// result[HEIGHT, WIDTH * NUMBERS] += a' b of a[count, HEIGHT] and b[count, WIDTH * NUMBERS], parts of rows that are n apart
+template <int HEIGHT, int WIDTH>
+void add_product(const double* a, const double* b, long count, long n, double* result, long row) {
+    doubles sums[HEIGHT][WIDTH]{};
+    for (long m = 0; m < count; ++m, a += n, b += n)
+        #pragma GCC unroll 4
+        for (int i = 0; i < HEIGHT; ++i)
+            #pragma GCC unroll 4
+            for (int j = 0; j < WIDTH; ++j) sums[i][j] += a[i] * *(const doubles*)(b + j * NUMBERS);
+    for (int i = 0; i < HEIGHT; ++i)
+        for (int j = 0; j < WIDTH; ++j) *(doubles*)(result + i * row + j * NUMBERS) += sums[i][j];
+}
 
 template <class T>
 void second_moments(const T* a, const T* b, double* result, long places, long n, int threads) {
-    long tall = round_up(n, TALL), wide = round_up(n, 16);
-    std::vector<std::vector<double>> totals(threads, std::vector<double>(n * n));
+    long row = round_up(n, NUMBERS);
+    std::vector<std::vector<double>> totals(threads, std::vector<double>(n * row));
     #pragma omp parallel num_threads(threads)
     {
-        Block left(n), right(n);
-        std::vector<float> sums(tall * wide);
+        std::vector<double> left(ROWS * n), right(ROWS * n + row);  // registers reach beyond a row, and the last one
         double* total = totals[omp_get_thread_num()].data();
         #pragma omp for schedule(static)
-        for (long start = 0; start < places; start += BLOCK) {
-            long count = std::min<long>(BLOCK, places - start);
-            left.read(a + start * n, count);
-            right.read(b + start * n, count);
-            product(left.rows.data(), 1, n, right.rows.data(), n, sums.data(), wide, tall, wide, count, false);
-            for (long i = 0; i < n; ++i)
-                for (long j = 0; j < n; ++j)
-                    total[i * n + j] += sums[i * wide + j] + double(left.first[i]) * right.sum[j] +
-                                        (left.sum[i] + double(count) * left.first[i]) * right.first[j];
+        for (long start = 0; start < places; start += ROWS) {
+            long count = std::min(ROWS, places - start);
+            widen(a + start * n, left.data(), count * n);
+            widen(b + start * n, right.data(), count * n);
+            for (long i = 0; i < n; i += HIGH)
+                with_constant<HIGH>(n - i, [&](auto height) {
+                    for (long j = 0; j < row; j += BROAD * NUMBERS)
+                        with_constant<BROAD>((row - j) / NUMBERS, [&](auto width) {
+                            add_product<height(), width()>(&left[i], &right[j], count, n, total + i * row + j, row);
+                        });
+                });
         }
     }
     for (const auto& total : totals)
-        for (long i = 0; i < n * n; ++i) result[i] += total[i];
+        for (long i = 0; i < n; ++i)
+            for (long j = 0; j < n; ++j) result[i * n + j] += total[i * row + j];
 }
 
 }  // namespace
