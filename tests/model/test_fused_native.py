@@ -141,7 +141,7 @@ def test_max_pooling(dtype, shape):
 @needs_kernels
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 6, 8), (2, 3, 4, 1)])
 def test_gradients_of_max_pooling_go_to_the_first_of_equal_values(dtype, shape):
-    x = torch.randint(3, (*shape, 20)).to(dtype)  # many are equal
+    x = (torch.randint(3, (*shape, 20)) * torch.randn(*shape, 20).sign()).to(dtype)  # many are equal, 0 and -0 as well
     x[..., 7] = -torch.inf
     given = x.clone().requires_grad_()
     y = F.max_pool3d(given.movedim(-1, 1), 3, stride=2, padding=1).movedim(1, -1)
@@ -149,6 +149,26 @@ def test_gradients_of_max_pooling_go_to_the_first_of_equal_values(dtype, shape):
     y.backward(dy)
     _, places = kernels.max_pool_with_places(x)
     assert torch.equal(kernels.max_pool_gradient(dy, places, x.shape), given.grad)
+
+
+@needs_kernels
+def test_a_nan_of_any_bits_stays_one(dtype):
+    all_ones = torch.full((16,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as on GPUs
+    for shift in (all_ones, -all_ones):
+        x = torch.randn(1, 3, 4, 5, 16).to(dtype)
+        assert kernels.normalised_sum([x, x, x], torch.ones(3, 16), shift).isnan().all()
+        assert kernels.convolve(x, torch.ones(3, 16), "w", shift).isnan().all()
+
+
+@needs_kernels
+def test_the_gradient_of_a_depthwise_kernel_keeps_its_digits_over_many_places(dtype):
+    x, dy = ((1 + torch.rand(1, 32, 64, 64, 16)).to(dtype) for _ in range(2))
+    kernel = torch.randn(16, 1, 3)
+    one = torch.tensor([1.0, 0, 0])[:, None].expand(3, 16).contiguous()
+    with on_threads(1):
+        _, found = kernels.gradients(x, dy, (dy, one), kernel, kernels.prepare(kernel), "w")
+    middle = (x.double() * dy.double()).sum((0, 1, 2, 3))
+    torch.testing.assert_close(found[:, 0, 1].double(), middle, rtol=4e-6, atol=0)  # 1.2e-5 in one float32 sum
 
 
 @needs_kernels

@@ -1,6 +1,7 @@
 """The fused training path: gradients, running statistics, memory, and what else takes part in a training step."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_gradient_checkpointing_and_a_second_backward_pass(kernels):
     encoder.zero_grad()
     states[-1].sum().backward()
     torch.testing.assert_close(twice, 2 * encoder.encoder["s0"][0][3].c1[0].weight.grad)
+
+
+def test_threads_keep_their_own_autocast(kernels):
+    encoder, volume = encoder_of(TINY), rule_volume("fused", (2, 1, 16, 16, 16))
+    encoder.requires_grad_(False)
+
+    def steps(autocast: bool) -> bool:
+        states = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(20):
+                training.encode(encoder, torch.float32, volume)
+                states.append(torch.is_autocast_enabled("cpu"))
+        return all(state == autocast for state in states) and not torch.is_autocast_enabled("cpu")
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(steps, [True, False]))
 
 
 def test_frozen_parameters_get_no_gradient():

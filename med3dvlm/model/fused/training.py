@@ -12,6 +12,8 @@ Against the plain formulation:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,12 +34,17 @@ from med3dvlm.model.fused.branches import (
 from med3dvlm.model.fused.inference import through_stages
 from med3dvlm.model.fused.native import kernels as native
 
-_without_autocast = torch.autocast("cpu", enabled=False)
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Entered anew each time: one `torch.autocast` for all would keep the state of the thread that came last."""
+    with torch.autocast("cpu", enabled=False):
+        yield
 
 
 def encode(encoder: nn.Module, dtype: torch.dtype, volume: Tensor) -> list[Tensor]:
     """[B, 1, D, H, W] -> five hidden states [B, D' * H' * W', C] in training mode, the convolutions in `dtype`."""
-    with _without_autocast:
+    with _without_autocast():
         first, second, *others = encoder.encoder["s0"][0]
         x = stem_start(first, second, stem.columns(volume, dtype))  # [B, D', H', W', C]
         x = DenseLayers.apply(x, others, *(p for layer in others for p in parameters_of(layer, dtype)))
@@ -105,7 +112,7 @@ class SumOfConvolutions(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_without_autocast()
     def backward(ctx, dy: Tensor):
         x, *kernels = ctx.saved_tensors
         kernels, dy, dx = dict(zip(AXES, kernels, strict=True)), dy.contiguous(), None
@@ -135,7 +142,7 @@ class DenseLayers(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_without_autocast()
     def backward(ctx, dx: Tensor):
         saved, steps = ctx.saved_tensors, []  # asked for once, as gradient checkpointing wants it
         x, *kept = saved[: ctx.kept]
@@ -173,7 +180,7 @@ class MaxPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_without_autocast()
     def backward(ctx, dy: Tensor):
         (places,) = ctx.saved_tensors
         if places.dtype == torch.uint8:
@@ -195,7 +202,7 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_without_autocast()
     def backward(ctx, dy: Tensor):
         return feed_forward.linear_gradients(dy, *ctx.saved_tensors)
 
@@ -214,7 +221,7 @@ class ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_without_autocast()
     def backward(ctx, dy: Tensor):
         source, inner, mean, inverse_std, scale, *parameters = ctx.saved_tensors
         mlp, branches = parameters[:4], branches_of(len(scale), parameters[4:])

@@ -1,6 +1,7 @@
 // What all kernels share: storage types, the product of small matrices, sums of channels.
 //
-// Tensors are channels-last, [places, channels], float32 or bfloat16; arithmetic is float32, sums over places float64.
+// Tensors are channels-last, [places, channels], float32 or bfloat16; arithmetic is float32, sums over places float64
+// but for the gradients of weights.
 // Loops over channels are plain ones that the compiler vectorises.
 #pragma once
 
@@ -34,9 +35,9 @@ struct bfloat16 {
 inline float get(float x) { return x; }
 inline float get(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 inline void put(float& to, float x) { to = x; }
-inline void put(bfloat16& to, float x) {  // to the nearest, ties to even
+inline void put(bfloat16& to, float x) {  // to the nearest, ties to even; a NaN stays one, whatever its bits
     uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    to.bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to.bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
 }
 
 // LANES channels in a register, from and to any address.
@@ -49,12 +50,12 @@ inline longs widened(shorts x) {
     return __builtin_convertvector(x, longs);
 #endif
 }
-inline shorts rounded(lanes x) {  // to bfloat16
+inline shorts rounded(lanes x) {  // to bfloat16, as `put` does
 #ifdef __AVX512BF16__
     return (shorts)_mm512_cvtneps_pbh((__m512)x);
 #else
-    longs bits = (longs)x;
-    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, shorts);
+    longs bits = (longs)x, upper = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector(x == x ? upper : 0x7fff + longs{}, shorts);
 #endif
 }
 inline lanes load(const float* x) { return *(const lanes*)x; }
@@ -76,18 +77,6 @@ template <class T>
 inline void prefetch(const T* x, long n) {
     asm volatile("");  // an effect: without one, GCC leaves out calls of functions that do nothing else
     for (const char *at = (const char*)x, *end = (const char*)(x + n); at < end; at += 64) __builtin_prefetch(at);
-}
-
-// to[n] = row, or += row
-template <class T>
-inline void put_row(const float* row, long n, T* to, bool add) {
-    if (add) {
-        #pragma omp simd
-        for (long c = 0; c < n; ++c) put(to[c], get(to[c]) + row[c]);
-    } else {
-        #pragma omp simd
-        for (long c = 0; c < n; ++c) put(to[c], row[c]);
-    }
 }
 
 // Calls f with a value of the storage type.
@@ -205,7 +194,6 @@ inline void product(const bfloat16* a, long a_row, long, const bfloat16* b, long
 // The lines of a volume along one axis: `outer` places before it, `size` along it, `inner` behind it.
 struct Lines {
     long outer, size, inner;
-    long places() const { return outer * size * inner; }
     long start(long i) const { return i / inner * size * inner + i % inner; }  // the first place of the i-th line
 };
 

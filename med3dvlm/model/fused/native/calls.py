@@ -19,7 +19,7 @@ def call(name: str, like: Tensor, *arguments: Tensor | int | bool | None) -> Non
     """Call a function of the library with `like`'s storage type first and the number of threads last."""
     function = getattr(build.library(), name)
     arguments = (like.dtype == torch.bfloat16, *arguments, torch.get_num_threads())
-    if function.argtypes is None:
+    if function.argtypes is None:  # set once: what an argument may be follows from its position
         function.argtypes, function.restype = [_type_of(argument) for argument in arguments], None
     function(*(_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
 

@@ -67,9 +67,9 @@ void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& bl
 
 }  // namespace
 
-// y [places, n_out] = the convolution of x [places, n] along the lines; n_out a multiple of 16. Weights are [3, n, n_out],
-// those of bfloat16 [3, n / 2, n_out] of pairs along n. The sums of the result and of its square are added to sums
-// [2, n_out]. Returns whether it does this in bfloat16.
+// y [places, n_out] = the convolution of x [places, n] along the lines; n_out a multiple of 16. Weights are
+// [3, n, n_out], those of bfloat16 [3, n / 2, n_out] of pairs along n. The sums of the result and of its square are
+// added to sums [2, n_out]. In bfloat16 only where the processor multiplies pairs (bfloat16_products() is 1).
 extern "C" void dense_convolve(bool half, const void* x, const void* weights, void* y, double* sums, long outer,
                                long size, long inner, long n, long n_out, long threads) {
     Blocks blocks{{outer, size, inner}};

@@ -3,8 +3,8 @@
 
 namespace {
 
-// LANES channels of one line, which may have gaps in memory: a copy without, as float32, zeros before and after. What the
-// next line reads, `next` behind in memory, is called for: it is too scattered for the processor to see it coming.
+// LANES channels of one line, which may have gaps in memory: a copy without, as float32, zeros before and after. What
+// the next line reads, `next` behind in memory, is called for: it is too scattered for the processor to see it coming.
 template <int LENGTH>
 struct Line {
     static constexpr int HALF = LENGTH / 2;
@@ -24,8 +24,8 @@ struct Line {
     template <class T>
     void read(const T* x, const T* z, const float* scale, long n, long size, long step, long next) {
         for (long at = 0; at < size; ++at) {
-            store(&copy[(at + HALF) * LANES], load(scale) * load(x + at * step) + load(scale + n) * load(z + at * step) +
-                                                  load(scale + 2 * n));
+            lanes of_x = load(scale) * load(x + at * step), of_z = load(scale + n) * load(z + at * step);
+            store(&copy[(at + HALF) * LANES], of_x + of_z + load(scale + 2 * n));
             __builtin_prefetch(x + at * step + next);
             __builtin_prefetch(z + at * step + next);
         }
@@ -85,14 +85,16 @@ void gradients(const T* x, const T* dy, const T* z, const float* scale, const fl
                 long next = (lines.start(i + 1) - lines.start(i)) * n;
                 of_x.read(x + start, lines.size, step, next);
                 of_dy.read(dy + start, z + start, scale + c, n, lines.size, step, next);
-                lanes sums[LENGTH], tap[LENGTH];
-                #pragma GCC unroll 16
-                for (int t = 0; t < LENGTH; ++t) sums[t] = load(ours + t * n + c);
+                lanes sums[LENGTH]{}, tap[LENGTH];
                 for (long at = 0; at < lines.size; ++at)
                     #pragma GCC unroll 16
                     for (int t = 0; t < LENGTH; ++t) sums[t] += of_dy.at(at + LENGTH / 2) * of_x.at(at + t);
                 #pragma GCC unroll 16
-                for (int t = 0; t < LENGTH; ++t) store(ours + t * n + c, sums[t]), tap[t] = load(back + t * n + c);
+                for (int t = 0; t < LENGTH; ++t) {
+                    float* to = ours + t * n + c;
+                    store(to, load(to) + sums[t]);
+                    tap[t] = load(back + t * n + c);
+                }
                 for (long at = 0; at < lines.size; ++at) {
                     lanes gradient{};
                     #pragma GCC unroll 16
@@ -131,16 +133,16 @@ void depthwise_convolve(bool half, const void* x, const float* taps, const float
     });
 }
 
-// From the input x and scale[0] * dy + scale[1] * z + scale[2], the output's gradient: result [length, n] += the gradient
-// of the taps, dx (+)= that of x by the taps back [length, n].
+// From the input x and scale[0] * dy + scale[1] * z + scale[2], the output's gradient: result [length, n] += the
+// gradient of the taps, dx (+)= that of x by the taps back [length, n].
 void depthwise_gradients(bool half, const void* x, const void* dy, const void* z, const float* scale, const float* back,
                          void* dx, bool add, float* result, long outer, long size, long inner, long n, long length,
                          long threads) {
     with_storage(half, [&](auto storage) {
         using T = decltype(storage);
         with_length(length, [&](auto constant) {
-            gradients<constant()>((const T*)x, (const T*)dy, (const T*)z, scale, back, {outer, size, inner}, (T*)dx, add,
-                                  result, n, threads);
+            gradients<constant()>((const T*)x, (const T*)dy, (const T*)z, scale, back, {outer, size, inner}, (T*)dx,
+                                  add, result, n, threads);
         });
     });
 }

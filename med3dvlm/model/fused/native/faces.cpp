@@ -82,7 +82,8 @@ void add(const Side& side, long plane, const float* source, const std::vector<Ru
             for (long c = 0; c < n; c += LANES) __builtin_prefetch(to[m] + c, 1);  // scattered, and needed soon
         }
         product(seen.data(), k, 1, weights, n, sums.data(), n, count, n, k, false);
-        for (long m = 0; m < count; ++m) put_row(&sums[m * n], n, to[m], true);
+        for (long m = 0; m < count; ++m)
+            for (long c = 0; c < n; c += LANES) store(to[m] + c, load(to[m] + c) + load(&sums[m * n + c]));
     }
 }
 

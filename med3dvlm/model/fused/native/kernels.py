@@ -1,5 +1,6 @@
 """The C++ kernels on tensors: channels-last, contiguous, float32 or bfloat16, channels a multiple of 16 where they
-leave a kernel. Kernels of convolutions are [C', C / groups, k] in any dtype; what is summed over places is float64.
+leave a kernel. Kernels of convolutions are [C', C / groups, k] in any dtype. Sums over places are float64, but for the
+gradients of kernels: float32, in parts.
 """
 
 from __future__ import annotations

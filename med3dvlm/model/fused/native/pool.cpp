@@ -1,22 +1,27 @@
-// Max pooling over 3 x 3 x 3 places, two apart, and its gradient; what lies beyond a border does not count, a NaN makes a
-// NaN. Of equal values the first counts, as in torch: flat regions would otherwise have other gradients.
+// Max pooling over 3 x 3 x 3 places, two apart, and its gradient; what lies beyond a border does not count, a NaN makes
+// a NaN. Of equal values the first counts, as in torch: flat regions would otherwise have other gradients.
 #include <limits>
 
 #include "arithmetic.h"
 
 namespace {
 
-// Numbers as integers in the same order, NaNs of either sign above all others: no maximum needs a look for NaNs.
-// `Bits` are those of a float32 or a bfloat16.
+// Numbers as integers in the same order, both zeros as 0, NaNs of either sign above all others: no maximum needs a look
+// for NaNs. `Bits` are those of a float32 or a bfloat16.
 template <class Bits>
 struct Order {
     using Unsigned = std::make_unsigned_t<Bits>;
     static constexpr Bits MAX = std::numeric_limits<Bits>::max();
-    static constexpr Bits NANS = sizeof(Bits) == 4 ? 0x7fffff : 0x7f;  // of one sign
+    static constexpr Bits BELOW = sizeof(Bits) == 4 ? 0x800000 : 0x80;  // numbers below -inf: NaNs, and the one unused
 
-    static Bits flipped(Bits x) { return x ^ (x >> (8 * sizeof(Bits) - 1) & MAX); }
-    static Bits of(Bits x) { return Unsigned(flipped(x)) - NANS; }  // the lowest, negative NaNs, become the highest
-    static Bits back(Bits x) { return flipped(Unsigned(x) + NANS); }
+    static Bits sign(Bits x) { return x >> (8 * sizeof(Bits) - 1); }  // -1 or 0
+    static Bits of(Bits x) {  // the lowest, negative NaNs, become the highest
+        return Unsigned(x ^ (sign(x) & MAX)) - Unsigned(sign(x)) - BELOW;
+    }
+    static Bits back(Bits x) {
+        Bits number = Unsigned(x) + BELOW, ones = Unsigned(number) + Unsigned(sign(number));
+        return ones ^ (sign(number) & MAX);
+    }
 };
 
 struct Sizes {
@@ -39,7 +44,8 @@ void pool(const Bits* x, Bits* y, uint8_t* places, const Sizes& size, int thread
             const Bits* rows[9];  // at a border, the outermost twice
             Bits row[9];
             for (int j = 0; j < 9; ++j) {
-                long p = std::clamp(d + j / 3 - 1, 0L, size.depth - 1), q = std::clamp(h + j % 3 - 1, 0L, size.height - 1);
+                long p = std::clamp(d + j / 3 - 1, 0L, size.depth - 1);
+                long q = std::clamp(h + j % 3 - 1, 0L, size.height - 1);
                 rows[j] = x + ((b * size.depth + p) * size.height + q) * width * n;
                 row[j] = 9 * (p - d + 1) + 3 * (q - h + 1);
             }
@@ -134,8 +140,8 @@ void gradient(const T* dy, const uint8_t* places, T* dx, const Sizes& size, int 
 
 extern "C" {
 
-// x [batch, depth, height, width, n] -> y [batch, depth / 2, height / 2, width / 2, n], sizes rounded up, and unless null
-// places like y, which of the 27 inputs it was.
+// x [batch, depth, height, width, n] -> y [batch, depth / 2, height / 2, width / 2, n], sizes rounded up, and unless
+// null places like y, which of the 27 inputs it was.
 void max_pool(bool half, const void* x, void* y, uint8_t* places, long batch, long depth, long height, long width,
               long n, long threads) {
     Sizes size{batch, depth, height, width, n};

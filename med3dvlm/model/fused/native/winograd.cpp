@@ -77,8 +77,8 @@ struct Group {
     bool inside() const { return holds(-1) && holds(OUT); }
 };
 
-// Calls f with each COUNT groups of a block, and of LANES channels from c on with what the source has at the six places of
-// and around each: zeros where the line or the block has ended.
+// Calls f with each COUNT groups of a block, and of LANES channels from c on with what the source has at the six places
+// of and around each: zeros where the line or the block has ended.
 template <int COUNT, class S, class F>
 void each_places(const S& source, const Lines& lines, long start, long count, F f) {
     for (long m = 0; m < count; m += COUNT)
@@ -202,8 +202,8 @@ void convolve(const Plain<T>& x, const Lines& lines, const float* weights, const
                     next.fetch(y, n_out);
                 });
             for (long m = 0; m < count; ++m)
-                collect(u.at(0, m), BLOCK * n_out, bias, Group(lines, start + m), y, add, sums ? &ours : nullptr, m == 0,
-                        n_out);
+                collect(u.at(0, m), BLOCK * n_out, bias, Group(lines, start + m), y, add, sums ? &ours : nullptr,
+                        m == 0, n_out);
             if (sums) ours.end_block();
         }
     }
@@ -275,8 +275,8 @@ void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* 
 
 extern "C" {
 
-// y (+)= the convolution of x along the lines. weights [6, n, n_out], bias [n_out] or null, sums [2, n_out] or null: the
-// sums of the result and of its square are added to them.
+// y (+)= the convolution of x along the lines. weights [6, n, n_out], bias [n_out] or null, sums [2, n_out] or null:
+// the sums of the result and of its square are added to them.
 void winograd_convolve(bool half, const void* x, const float* weights, const float* bias, void* y, bool add,
                        double* sums, long outer, long size, long inner, long n, long n_out, long threads) {
     with_storage(half, [&](auto storage) {
@@ -285,8 +285,8 @@ void winograd_convolve(bool half, const void* x, const float* weights, const flo
     });
 }
 
-// From the input x and the output's gradient dy (or its combination with z): result [6, n, n_out] += the gradient of the
-// weights, and unless null dx (+)= that of x by the weights back [6, n_out, n].
+// From the input x and the output's gradient dy (or its combination with z): result [6, n, n_out] += the gradient of
+// the weights, and unless null dx (+)= that of x by the weights back [6, n_out, n].
 void winograd_gradients(bool half, const void* x, const void* dy, const void* z, const float* scale, const float* back,
                         void* dx, bool add, float* result, long outer, long size, long inner, long n, long n_out,
                         long threads) {
