@@ -182,7 +182,7 @@ def test_sums_over_places_keep_their_digits(dtype):
     torch.testing.assert_close(mean, flat.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(square - mean.square(), flat.var(0, correction=0), rtol=2e-4, atol=0)
     for channels in (16, 20, 3):  # registers do not end with rows
-        a, b = x.flatten()[: 999 * channels].view(999, channels), x.flatten()[7 : 999 * channels + 7].view(999, channels)
+        a, b = (x.flatten()[start : start + 999 * channels].view(999, channels) for start in (0, 7))
         found = kernels.second_moments(a, b)
         torch.testing.assert_close(found, a.double().T @ b.double(), rtol=1e-12, atol=1e-9)
 

@@ -1,5 +1,5 @@
-// Second moments of channels in float64, in which products of float32 numbers are exact: a variance that follows from them
-// is a difference of nearly equal numbers.
+// Second moments of channels in float64, in which products of float32 numbers are exact: a variance that follows from
+// them is a difference of nearly equal numbers.
 #include "arithmetic.h"
 
 namespace {
@@ -16,7 +16,7 @@ void widen(const T* x, double* to, long count) {
     for (long c = 0; c < count; ++c) to[c] = get(x[c]);
 }
 
-// result[HEIGHT, WIDTH * NUMBERS] += a' b of a[count, HEIGHT] and b[count, WIDTH * NUMBERS], parts of rows that are n apart
+// result[HEIGHT, WIDTH * NUMBERS] += a' b of a[count, HEIGHT] and b[count, WIDTH * NUMBERS], parts of rows n apart
 template <int HEIGHT, int WIDTH>
 void add_product(const double* a, const double* b, long count, long n, double* result, long row) {
     doubles sums[HEIGHT][WIDTH]{};
