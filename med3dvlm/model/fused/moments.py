@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
 def along_axes(x: Tensor) -> Moments:
     """Moments of [B, D, H, W, C], of which the last channel is 1: products with it are sums."""
-    x = x if native.take_places(x) else x.double()
+    x = x if native.take_moments(x) else x.double()
     count, channels = x[..., 0].numel(), x.shape[-1]
     here = product(x.reshape(-1, channels), x.reshape(-1, channels))
     means, seconds = {}, {}
@@ -59,7 +59,7 @@ def along_lines(lines: Tensor, step: int) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a' b of [P, C] twice -> [C, C] in float64."""
-    if native.take_places(a):
+    if native.take_moments(a):
         return native.second_moments(a, b)
     length = len(a) // CHUNK * CHUNK
     chunked = [t[:length].reshape(-1, CHUNK, t.shape[-1]) for t in (a, b)]

@@ -150,7 +150,7 @@ def gradients(
 
 
 def kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str) -> Tensor:
-    """That of a dense kernel alone, from the output's gradient itself."""
+    """The gradient of a dense kernel alone, from that of the output itself: see `gradients`."""
     return _kernel_gradient(x, dy, kernel, axis, None, None, None, None, False)
 
 
@@ -220,7 +220,7 @@ def max_pool_gradient(dy: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     return dx
 
 
-def take_places(x: Tensor) -> bool:
+def take_moments(x: Tensor) -> bool:
     """Whether `second_moments` takes a tensor like x; it has no backward pass."""
     return x.dtype in DTYPES and x.device.type == "cpu" and not x.requires_grad and build.wanted()
 
