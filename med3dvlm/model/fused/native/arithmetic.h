@@ -172,6 +172,19 @@ inline void store_step(bfloat16* to, const lanes* rows) {
     *(lanes*)to = (lanes)(widened(rounded(rows[0])) | widened(rounded(rows[1])) << 16);
 }
 
+// to = rows [rows, n] in steps of rows, zeros after an odd last one
+template <class F, class T>
+void put_steps(const T* from, long rows, long n, F* to) {
+    for (long m = 0; m < rows; m += STEP<F>)
+        with_constant<STEP<F>>(rows - m, [&](auto there) {
+            for (long c = 0; c < n; c += LANES) {
+                lanes step[STEP<F>]{};
+                for (int s = 0; s < there; ++s) step[s] = load(from + (m + s) * n + c);
+                store_step(to + m * n + c * STEP<F>, step);
+            }
+        });
+}
+
 // c[m, n] (+)= a' b of a[k, m] and b[k, n] in steps of rows, zeros after an odd last row.
 inline void product_over_rows(const float* a, long a_row, const float* b, long b_row, float* c, long c_row, long m,
                               long n, long k, bool add) {

@@ -44,6 +44,7 @@ void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& bl
                 for (long m = from; m < to; m += TALL) {
                     product(x + (first + m + away * inner) * n, n, 1, weights + tap * n * n_out, n_out,
                             &result[m * n_out], n_out, std::min<long>(TALL, to - m), n_out, n, tap != 1);
+                    // With each tap a third of what the next block reads and writes is called for.
                     for (long ahead = m + tap * TALL / 3; ahead < std::min(m + (tap + 1) * TALL / 3, count); ++ahead) {
                         prefetch(x + (coming + unread + ahead) * n, n);
                         prefetch(y + (coming + ahead) * n_out, n_out);

@@ -11,14 +11,7 @@ const F* steps(const T* from, long rows, long n, Buffer<F>& buffer) {
     if constexpr (std::is_same_v<F, T> && STEP<F> == 1) return from;
     else {
         buffer.need(round_up(rows, STEP<F>) * n);
-        for (long m = 0; m < rows; m += STEP<F>)
-            with_constant<STEP<F>>(rows - m, [&](auto there) {
-                for (long c = 0; c < n; c += LANES) {
-                    lanes step[STEP<F>]{};
-                    for (int s = 0; s < there; ++s) step[s] = load(from + (m + s) * n + c);
-                    store_step(&buffer[m * n + c * STEP<F>], step);
-                }
-            });
+        put_steps(from, rows, n, buffer.data());
         return buffer.data();
     }
 }

@@ -219,12 +219,7 @@ void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* 
     long rows = Group::count(lines), n = x.n, n_out = dy.n, size = POINTS * n * n_out;
     std::vector<float> totals(size * threads);
     std::vector<F> weights(dx ? size : 0);  // steps of rows of `back`
-    for (long i = 0; dx && i < POINTS * n_out; i += STEP<F>)
-        for (long c = 0; c < n; c += LANES) {
-            lanes step[STEP<F>];
-            for (int s = 0; s < STEP<F>; ++s) step[s] = load(back + (i + s) * n + c);
-            store_step(&weights[i * n + c * STEP<F>], step);
-        }
+    if (dx) put_steps(back, POINTS * n_out, n, weights.data());
     #pragma omp parallel num_threads(threads)
     {
         Spread<F> v(round_up(n, LANES)), z(n_out), of_dy(dx ? n_out : 0);
