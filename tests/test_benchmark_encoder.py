@@ -15,8 +15,9 @@ def test_both_modes_give_a_row_for_every_encoder(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
     assert [row[0] for row in rows] == ["encoder", "---", "phantom", "nano"] * 2
-    assert all(len(row) == 13 for row in rows[:4]) and all(len(row) == 11 for row in rows[4:])
-    assert float(rows[2][9]) < 5e-6 and 0 < float(rows[2][10]) < 1.5e-2
+    assert all(len(row) == 17 for row in rows[:4]) and all(len(row) == 15 for row in rows[4:])
+    found = dict(zip(rows[0], rows[2], strict=True))
+    assert float(found["largest deviation fp32"]) < 5e-6 and 0 < float(found["relative L2 bf16"]) < 1.5e-2
 
 
 def test_the_two_candidates_are_two_formulations():

@@ -1,8 +1,9 @@
 """DCFormer's fused path timed against the plain formulation: `sh scripts/benchmark.sh encoder`, here on a CPU.
 
-Plain is `med3dvlm.benchmark.plain`, run eagerly; fused is what `DCFormer` does by itself. Both alternate in one
-process, and medians count. Without `GLIBC_TUNABLES` (scripts/benchmark.sh sets it) large buffers are faulted in anew
-by each call, which slows the plain formulation most: such times are refused.
+Published and plain are those of `med3dvlm.benchmark.plain`, run eagerly: the published formulation, and the same in the
+axis order that is faster. Fused is what `DCFormer` does by itself. All alternate in one process, and medians count.
+Without `GLIBC_TUNABLES` (scripts/benchmark.sh sets it) large buffers are faulted in anew by each call, which slows the
+unfused formulations most: such times are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from med3dvlm.benchmark.plain import plain_hidden_states
+from med3dvlm.benchmark.plain import plain_hidden_states, published_hidden_states
 from med3dvlm.benchmark.timing import Times, alternate, machine, table
 from med3dvlm.model.dcformer import VARIANTS, DCFormer
 from med3dvlm.model.encoder import build_vision_encoder
@@ -61,6 +63,10 @@ def build(variant: str, size: list[int], device: str = "cpu") -> nn.Module:
     return encoder
 
 
+def published(encoder: nn.Module, volume: Tensor) -> list[Tensor]:
+    return published_hidden_states(encoder, volume) if isinstance(encoder, DCFormer) else encoder(volume)
+
+
 def plain(encoder: nn.Module, volume: Tensor) -> list[Tensor]:
     return plain_hidden_states(encoder, volume) if isinstance(encoder, DCFormer) else encoder(volume)
 
@@ -74,23 +80,34 @@ def call(encode: Callable, encoder: nn.Module, volume: Tensor, bfloat16: bool) -
         return encode(encoder, volume)
 
 
-def step(encode: Callable, encoder: nn.Module, volume: Tensor, bfloat16: bool) -> None:
-    """Forward and backward, with a gradient from every hidden state."""
-    states = call(encode, encoder, volume, bfloat16)
-    torch.autograd.backward(states, [torch.ones_like(state) / state.numel() for state in states])
+def gradients_for(encoder: nn.Module, volume: Tensor, bfloat16: bool) -> list[Tensor]:
+    """A gradient for every hidden state, as what follows the encoder would hand it back."""
+    return [torch.full_like(state, 1 / state.numel()) for state in call(fused, encoder, volume, bfloat16)]
+
+
+def step(
+    encode: Callable, encoder: nn.Module, volume: Tensor, bfloat16: bool, gradients: dict[bool, list[Tensor]]
+) -> None:
+    """Forward and backward with the `gradients_for` this `bfloat16`."""
+    torch.autograd.backward(call(encode, encoder, volume, bfloat16), gradients[bfloat16])
     encoder.zero_grad(set_to_none=True)
 
 
 FORMS = {
+    "published fp32": (published, False),
     "plain fp32": (plain, False),
     "fused fp32": (fused, False),
+    "published bf16": (published, True),
     "plain bf16": (plain, True),
     "fused bf16": (fused, True),
 }
 
 
+KEPT = ["plain fp32", "fused fp32", "plain bf16", "fused bf16"]  # published keeps what plain keeps
+
+
 def times_of(run: Callable, encoder: nn.Module, volume: Tensor, repeats: int) -> dict[str, Times]:
-    """Times of the four forms of `call` or `step`."""
+    """Times of all forms of `call` or `step`."""
     candidates = {
         name: lambda encode=encode, bfloat16=bfloat16: run(encode, encoder, volume, bfloat16)
         for name, (encode, bfloat16) in FORMS.items()
@@ -108,17 +125,19 @@ def inference_row(variant: str, arguments: argparse.Namespace, volume: Tensor) -
     distance = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(rounded, expected, strict=True))
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     return [variant, f"{parameters / 1e6:.1f}", f"{gigaflops(variant, arguments):.0f}", *milliseconds(times),
-            *ratios(times, ("plain fp32", "fused fp32"), ("plain fp32", "fused bf16")),
+            *ratios(times, *((slow, fast) for slow in ("published fp32", "plain fp32")
+                             for fast in ("fused fp32", "fused bf16"))),
             f"{deviation:.0e}", f"{distance:.0e}",
             *(peak_growth(variant, arguments, encode) for encode in (plain, fused))]  # fmt: skip
 
 
 def training_row(variant: str, arguments: argparse.Namespace, volume: Tensor) -> list[str]:
     encoder = build(variant, arguments.size).train()
-    kept = [f"{kept_bytes(encode, encoder, volume, bfloat16) / 1e6:.0f}" for encode, bfloat16 in FORMS.values()]
-    times = times_of(step, encoder, volume, arguments.repeats)
-    faster = ratios(times, ("plain fp32", "fused fp32"), ("plain bf16", "fused bf16"))
-    return [variant, *milliseconds(times), *faster, *kept]
+    kept = [f"{kept_bytes(*FORMS[form], encoder, volume) / 1e6:.0f}" for form in KEPT]
+    gradients = {bfloat16: gradients_for(encoder, volume, bfloat16) for bfloat16 in (False, True)}
+    times = times_of(partial(step, gradients=gradients), encoder, volume, arguments.repeats)
+    pairs = [(f"{slow} {dtype}", f"fused {dtype}") for slow in ("published", "plain") for dtype in ("fp32", "bf16")]
+    return [variant, *milliseconds(times), *ratios(times, *pairs), *kept]
 
 
 def gigaflops(variant: str, arguments: argparse.Namespace) -> float:
@@ -130,7 +149,7 @@ def gigaflops(variant: str, arguments: argparse.Namespace) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def kept_bytes(encode: Callable, encoder: nn.Module, volume: Tensor, bfloat16: bool) -> int:
+def kept_bytes(encode: Callable, bfloat16: bool, encoder: nn.Module, volume: Tensor) -> int:
     """Bytes that one forward pass keeps for the backward pass, every storage once, weights and the input left out."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*encoder.parameters(), *encoder.buffers(), volume)}
     kept = {}
@@ -199,9 +218,11 @@ def main(argv=None) -> int:
     volume = torch.rand(*arguments.batch, 1, *arguments.size)
     print(f"{machine()}; {ceilings()}\nvolumes {list(volume.shape)}, medians of {arguments.repeats}, ms", flush=True)
     heads = {
-        "inference": ["encoder", "M parameters", "GFLOP", *FORMS, "fp32 ratio", "bf16 ratio, to plain fp32",
-                      "largest deviation fp32", "relative L2 bf16", "MB, plain fp32", "MB, fused fp32"],
-        "training": ["encoder", *FORMS, "fp32 ratio", "bf16 ratio", *(f"MB kept, {form}" for form in FORMS)],
+        "inference": ["encoder", "M parameters", "GFLOP", *FORMS, "fp32 to published", "bf16 to published fp32",
+                      "fp32 to plain", "bf16 to plain fp32", "largest deviation fp32", "relative L2 bf16",
+                      "MB, plain fp32", "MB, fused fp32"],
+        "training": ["encoder", *FORMS, "fp32 to published", "bf16 to published bf16", "fp32 to plain",
+                     "bf16 to plain bf16", *(f"MB kept, {form}" for form in KEPT)],
     }  # fmt: skip
     rows = {"inference": inference_row, "training": training_row}
     for mode in arguments.modes:

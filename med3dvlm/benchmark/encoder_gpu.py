@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from med3dvlm.benchmark import roofline
-from med3dvlm.benchmark.encoder import build, call, fused, plain, step
+from med3dvlm.benchmark.encoder import build, call, fused, gradients_for, plain, step
 from med3dvlm.benchmark.timing import alternate, table
 from med3dvlm.model.dcformer import VARIANTS
 from med3dvlm.model.fused import choice
@@ -48,12 +49,14 @@ def row(variant: str, mode: str, batch: int, arguments: argparse.Namespace, limi
     """One line of a table; what does not fit the GPU's memory is said, not timed."""
     encoder = build(variant, arguments.size, arguments.device).train(mode == "training")
     volume = torch.rand(batch, 1, *arguments.size, device=arguments.device)
-    run = step if mode == "training" else call
     with torch.set_grad_enabled(mode == "training"):
         choice.set_fused(encoder, "auto")
         with torch.autocast(volume.device.type, torch.bfloat16):
             path = "fused" if choice.choose(encoder, volume) else "plain"
         try:
+            run = call
+            if mode == "training":
+                run = partial(step, gradients={True: gradients_for(encoder, volume, True)})
             times = alternate(forms(encoder, volume, run), repeats=arguments.repeats, warmup=3)
         except torch.OutOfMemoryError:
             return [variant, str(batch), *["out of memory"] * 3, *["-"] * 4, path]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from med3dvlm.benchmark.plain import plain_hidden_states
+from med3dvlm.benchmark.plain import plain_hidden_states, published_hidden_states
 from med3dvlm.model.dcformer import DCFormer
 from med3dvlm.model.fused import choice, onednn
 from med3dvlm.model.fused.inference import FoldedEncoder
@@ -37,12 +37,13 @@ def assert_follows(encoder: DCFormer, volume: torch.Tensor) -> None:
         assert relative_deviation(state.float(), expected) <= 5e-6
 
 
+@pytest.mark.parametrize("formulation", [plain_hidden_states, published_hidden_states])
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_the_encoder_is_the_published_formulation(mode):
+def test_the_encoder_is_the_published_formulation(mode, formulation):
     encoder, volume = encoder_of("nano"), rule_volume("fused", (2, 1, 18, 35, 40))
     encoder.train(mode == "train")
     encoder.fused = "off"
-    for state, expected in zip(encoder(volume), plain_hidden_states(copy.deepcopy(encoder), volume), strict=True):
+    for state, expected in zip(encoder(volume), formulation(copy.deepcopy(encoder), volume), strict=True):
         assert relative_deviation(state, expected) <= 5e-6
 
 
