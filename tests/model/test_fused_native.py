@@ -44,40 +44,20 @@ def dtype(request):
 
 @needs_kernels
 @pytest.mark.parametrize("axis", ["h", "w", "d"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sizes", [(20, 32, 3), (32, 16, 3), (48, 1, 3), (16, 1, 13)], ids=str)
-def test_a_convolution(dtype, sizes, shape, axis):
-    channels, second, length = sizes
-    depthwise = second == 1
-    kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length, requires_grad=True)
-    x = torch.randn(*shape, channels).to(dtype)
-    sums, bias = torch.zeros(2, len(kernel), dtype=torch.float64), torch.randn(len(kernel))
-    y = expected(x, kernel, axis)
-    assert kernels.take(dtype, kernel, channels if depthwise else 1)
-    found = kernels.convolve(x, kernels.prepare(kernel.detach()), axis, bias, sums=sums)
-    assert near(found, y + bias, dtype)
-    places = (0, 1, 2, 3)
-    assert ((sums[0] - (y + bias).sum(places)).abs() <= 3e-6 * (y + bias).abs().sum(places)).all()
-    torch.testing.assert_close(sums[1], (y + bias).square().sum(places), rtol=1e-5, atol=0)
-    assert kernels.convolve(x, kernels.prepare(kernel.detach()), axis, add_to=found) is found
-    assert near(found, 2 * y + bias, dtype)
-
-
-@needs_kernels
-@pytest.mark.parametrize("axis", ["h", "w", "d"])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 2, 70)])
-@pytest.mark.parametrize("channels, second, threads", [(20, 32, 1), (32, 16, 3)])
-def test_a_convolution_without_winograds_rounding(dtype, channels, second, threads, shape, axis):
-    if not kernels.takes_directly(dtype):
-        pytest.skip("this processor does not multiply bfloat16 in pairs")
-    kernel, x = torch.randn(second, channels, 3).to(dtype), torch.randn(*shape, channels).to(dtype)
-    sums, y = torch.zeros(2, second, dtype=torch.float64), expected(x, kernel, axis)
+@pytest.mark.parametrize("sizes", [(20, 32, 3, 1), (32, 16, 3, 3), (48, 1, 3, 1), (16, 1, 13, 3)], ids=str)
+def test_a_convolution(dtype, sizes, shape, axis):
+    channels, second, length, threads = sizes
+    depthwise = second == 1
+    kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length).to(dtype)
+    x = torch.randn(*shape, channels).to(dtype)
+    y, places = expected(x, kernel, axis), (0, 1, 2, 3)
+    assert kernels.take(dtype, kernel, channels if depthwise else 1)
     with on_threads(threads):
-        found = kernels.convolve_directly(x, kernel, axis, sums)
+        found, sums = kernels.convolve(x, kernel, axis)
     assert relative_deviation(found.double(), y) < (5e-7 if dtype == torch.float32 else 4e-3)
     if dtype == torch.bfloat16:  # rounded once: as the reference, but for near ties
         assert (found != y.to(dtype)).float().mean() <= 0.01
-    places = (0, 1, 2, 3)
     assert ((sums[0] - y.sum(places)).abs() <= 3e-6 * y.abs().sum(places)).all()
     torch.testing.assert_close(sums[1], y.square().sum(places), rtol=1e-5, atol=0)
 
@@ -90,7 +70,7 @@ def test_gradients_of_a_convolution(dtype, sizes, shape, axis):
     """Of the input, added to what is there, and of the kernel, from a combination that is 0 beyond the border."""
     channels, second, length = sizes
     depthwise = second == 1
-    in_pairs = dtype == torch.bfloat16 and kernels.takes_directly(dtype) and not depthwise
+    in_pairs = kernels.in_pairs(dtype) and not depthwise
     kernel = torch.randn(channels if depthwise else second, 1 if depthwise else channels, length, requires_grad=True)
 
     def agree(found, reference, dtype=torch.float32):  # of values that Winograd spreads, pairs round all
@@ -157,7 +137,9 @@ def test_a_nan_of_any_bits_stays_one(dtype):
     for shift in (all_ones, -all_ones):
         x = torch.randn(1, 3, 4, 5, 16).to(dtype)
         assert kernels.normalised_sum([x, x, x], torch.ones(3, 16), shift).isnan().all()
-        assert kernels.convolve(x, torch.ones(3, 16), "w", shift).isnan().all()
+        y = torch.empty_like(x)
+        mlp.feed_forward(x, x, *[(mlp.panels(torch.eye(16), dtype), shift)] * 2, torch.ones(16), out=y)
+        assert y.isnan().all()
 
 
 @needs_kernels
@@ -175,9 +157,7 @@ def test_the_gradient_of_a_depthwise_kernel_keeps_its_digits_over_many_places(dt
 def test_sums_over_places_keep_their_digits(dtype):
     x = (torch.randn(1, 9, 31, 33, 16) + 50 * torch.randn(16)).to(dtype)
     kernel = torch.eye(16)[:, :, None] * torch.tensor([0.0, 1.0, 0.0])
-    sums = torch.zeros(2, 16, dtype=torch.float64)
-    kernels.convolve(x, kernels.prepare(kernel), "w", sums=sums)
-    mean, square = sums / x[..., 0].numel()
+    mean, square = kernels.convolve(x, kernel, "w")[1] / x[..., 0].numel()
     flat = x.double().flatten(0, 3)
     torch.testing.assert_close(mean, flat.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(square - mean.square(), flat.var(0, correction=0), rtol=2e-4, atol=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from med3dvlm.model.fused.native import kernels as native
 from med3dvlm.model.fused.onednn import Conv
 
 AXES = ("h", "w", "d")
@@ -102,25 +101,3 @@ class AxisSum:
             before.add_to(images(total[:, 1:], "d"), images(x[:, :-1], "d"))
             after.add_to(images(total[:, :-1], "d"), images(x[:, 1:], "d"))
         return y
-
-
-class NativeSum:
-    """The same by the C++ kernels, dense and of one input: fewer multiplications (Winograd) than in `AxisSum`."""
-
-    def __init__(self, kernels: dict[str, Tensor], bias: Tensor | None):
-        self.weights = {axis: native.prepare(kernel) for axis, kernel in kernels.items()}
-        self.bias = None if bias is None else bias.float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, D, H, W, C] -> [B, D, H, W, C']."""
-        y = native.convolve(x, self.weights["w"], "w", bias=self.bias)
-        for axis in ("h", "d"):
-            native.convolve(x, self.weights[axis], axis, add_to=y)
-        return y
-
-
-def dense_sum(kernels: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> AxisSum | NativeSum:
-    """The faster of the two: oneDNN's where bfloat16 arithmetic outweighs the multiplications that Winograd saves."""
-    if native.multiplied(dtype) == torch.float32 and native.take(dtype, kernels["w"], groups=1):
-        return NativeSum(kernels, bias)
-    return AxisSum(kernels, bias, dtype)

@@ -102,20 +102,14 @@ class NativeBranches(Branches):
     """The same by the C++ kernels: dense kernels of length 3 and depth-wise ones, float32 or bfloat16."""
 
     def convolve(self, x: Tensor) -> dict[str, Tensor]:
-        return {axis: native.convolve(x, native.prepare(self.kernels[axis]), axis) for axis in AXES}
+        return {axis: native.convolve(x, self.kernels[axis], axis)[0] for axis in AXES}
 
     def measure(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        count = x[..., 0].numel()
-        sums = torch.zeros(len(AXES), 2, len(self.kernels["h"]), dtype=torch.float64)
-        z = {}
-        for i, (axis, kernel) in enumerate(self.kernels.items()):
-            if self.groups == 1 and native.takes_directly(x.dtype):
-                z[axis] = native.convolve_directly(x, kernel, axis, sums[i])
-            else:
-                z[axis] = native.convolve(x, native.prepare(kernel), axis, sums=sums[i])
-        mean, square = (sums / count).unbind(1)  # [3, C']
+        z, sums = zip(*(native.convolve(x, self.kernels[axis], axis) for axis in AXES), strict=True)
+        mean, square = (torch.stack(sums) / x[..., 0].numel()).unbind(1)  # [3, C']
         dtype = self.weights["h"].dtype
-        return z, mean.to(dtype), (square - mean.square()).clamp(min=0).to(dtype)
+        variance = (square - mean.square()).clamp(min=0)
+        return dict(zip(AXES, z, strict=True)), mean.to(dtype), variance.to(dtype)
 
     def normalised_sum(self, z: dict[str, Tensor], mean: Tensor, inverse_std: Tensor) -> Tensor:
         scale = self._stacked(self.weights) * inverse_std  # [3, C']

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.model.fused import feed_forward, fourier, stem
-from med3dvlm.model.fused.axes import AXES, AxisSum, dense_sum, kernels_of
+from med3dvlm.model.fused.axes import AXES, AxisSum, kernels_of
 from med3dvlm.model.fused.native import kernels as native
 
 
@@ -63,9 +63,9 @@ class LayeredStem:
     def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
         first = stem.first_layer(stem.tap_rows(layers[0]), stem.running_affine(layers[0]))
         kernels, bias = stem.normalised(stem.second_layer(layers[1], first), stem.running_affine(layers[1]))
-        self.dtype = dtype
-        self.layers = [dense_sum(stem.constant_into_columns(kernels, bias), None, dtype)]
-        self.layers += [dense_sum(*folded_branches(layer), dtype) for layer in layers[2:]]
+        self.dtype, products = dtype, native.multiplied(dtype)
+        self.layers = [AxisSum(stem.constant_into_columns(kernels, bias), None, products)]
+        self.layers += [AxisSum(*folded_branches(layer), products) for layer in layers[2:]]
 
     def __call__(self, volume: Tensor) -> Tensor:
         """[B, 1, D, H, W] -> [B, D', H', W', C]."""

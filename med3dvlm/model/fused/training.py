@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from med3dvlm.model.fused import feed_forward, moments, stem
-from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions, dense_sum
+from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions
 from med3dvlm.model.fused.branches import (
     PARAMETERS,
     Branches,
@@ -107,8 +107,7 @@ class SumOfConvolutions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *kernels: Tensor) -> Tensor:
         ctx.save_for_backward(x, *kernels)
-        convolve = AxisSum if x.dtype == torch.float32 else dense_sum  # in float32 without Winograd's rounding
-        return convolve(dict(zip(AXES, kernels, strict=True)), None, x.dtype)(x)
+        return AxisSum(dict(zip(AXES, kernels, strict=True)), None, native.multiplied(x.dtype))(x)
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -162,6 +163,30 @@ template <class T>
 using Factor = float;
 #endif
 
+// Memory that is written before it is read.
+template <class F>
+struct Buffer {
+    std::unique_ptr<F[]> at;
+    long count = 0;
+    explicit Buffer(long n = 0) { need(n); }
+    void need(long n) {
+        if (n > count) at.reset(new F[n]), count = n;
+    }
+    F* data() { return at.get(); }
+    F& operator[](long i) { return at[i]; }
+};
+
+// from[count] as factors of type F: where they lie, or in `buffer`.
+template <class F, class T>
+const F* factors(const T* from, long count, Buffer<F>& buffer) {
+    if constexpr (std::is_same_v<F, T>) return from;
+    else {
+        buffer.need(round_up(count, LANES));
+        for (long c = 0; c < count; c += LANES) store(&buffer[c], load_some(from + c, count - c));
+        return buffer.data();
+    }
+}
+
 // A product that sums over rows takes them STEP at a time: of bfloat16 pairs of two neighbouring rows, [rows / 2, n].
 template <class F>
 constexpr int STEP = std::is_same_v<F, bfloat16> ? 2 : 1;
@@ -210,31 +235,19 @@ struct Lines {
     long start(long i) const { return i / inner * size * inner + i % inner; }  // the first place of the i-th line
 };
 
-// Sums over places of each channel and of its square. In a block they are taken in float32 about the block's first row,
-// so that a mean far from 0 costs no digits.
+// Sums over places of each channel and of its square. Those of a block come in float32, about one of its places: so a
+// mean far from 0 costs no digits.
 class Sums {
 public:
-    explicit Sums(long channels) : channels(channels), part(3 * channels), total(2 * channels) {}
-
-    // LANES channels of one place, from c on.
-    void see(long c, lanes x, bool first_of_block) {
-        float *first = &part[c], *sum = first + channels, *square = sum + channels;
-        if (first_of_block) store(first, x);
-        lanes away = x - load(first);
-        store(sum, load(sum) + away);
-        store(square, load(square) + away * away);
-        count += c == 0;
-    }
-
-    void end_block() {
-        for (long c = 0; c < channels; ++c) add(c, part[c], part[channels + c], part[2 * channels + c], count);
-        std::fill(part.begin(), part.end(), 0.f);
-        count = 0;
-    }
+    explicit Sums(long channels) : channels(channels), total(2 * channels) {}
 
     // LANES channels of `places` places, from c on: one of them, and sums of the differences from it.
     void add_block(long c, lanes one, lanes sum, lanes square, long places) {
-        for (long i = 0; i < LANES; ++i) add(c + i, one[i], sum[i], square[i], places);
+        for (long i = 0; i < LANES; ++i) {
+            double first = one[i];
+            total[c + i] += sum[i] + places * first;
+            total[channels + c + i] += square[i] + 2 * first * sum[i] + places * first * first;
+        }
     }
 
     // Adds the sums [channels] and those of squares [channels].
@@ -243,12 +256,6 @@ public:
     }
 
 private:
-    void add(long c, double one, double sum, double square, long places) {
-        total[c] += sum + places * one;
-        total[channels + c] += square + 2 * one * sum + places * one * one;
-    }
-
-    long channels, count = 0;
-    std::vector<float> part;
+    long channels;
     std::vector<double> total;
 };

@@ -1,7 +1,7 @@
 // Dense 3-tap convolutions along one axis as products of matrices, tap by tap, with the sums that a batch norm needs.
 //
-// In float32 they round as the plain code does: Winograd's errors (winograd.cpp) decide more near ties of a later max
-// pooling the other way. In bfloat16 pairs are multiplied twice as fast, which is what Winograd would save.
+// They round as the plain code does: Winograd's errors (winograd.cpp) decide more near ties of a later max pooling the
+// other way, and pairs of bfloat16 are multiplied twice as fast, which is what Winograd would save.
 #include "arithmetic.h"
 
 namespace {
@@ -25,13 +25,14 @@ struct Blocks {
 };
 
 template <class T>
-void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& blocks, long n, long n_out, int threads) {
+void convolve(const T* x, const Factor<T>* weights, T* y, double* sums, const Blocks& blocks, long n, long n_out, int threads) {
     long size = blocks.lines.size, inner = blocks.lines.inner;
     std::vector<Sums> seen(threads, Sums(n_out));
     #pragma omp parallel num_threads(threads)
     {
         Sums& ours = seen[omp_get_thread_num()];
         std::vector<float> result(blocks.length * n_out);
+        Buffer<Factor<T>> buffer;
         #pragma omp for schedule(static)
         for (long i = 0; i < blocks.count(); ++i) {
             long first = blocks.first(i), count = blocks.places(i);
@@ -42,8 +43,10 @@ void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& bl
                 if (blocks.whole) from += away < 0, to -= away > 0;
                 else if (blocks.at(i) + away < 0 || blocks.at(i) + away >= size) continue;
                 for (long m = from; m < to; m += TALL) {
-                    product(x + (first + m + away * inner) * n, n, 1, weights + tap * n * n_out, n_out,
-                            &result[m * n_out], n_out, std::min<long>(TALL, to - m), n_out, n, tap != 1);
+                    long tall = std::min<long>(TALL, to - m);
+                    const Factor<T>* rows = factors(x + (first + m + away * inner) * n, tall * n, buffer);
+                    product(rows, n, 1, weights + tap * n * n_out, n_out, &result[m * n_out], n_out, tall, n_out, n,
+                            tap != 1);
                     // With each tap a third of what the next block reads and writes is called for.
                     for (long ahead = m + tap * TALL / 3; ahead < std::min(m + (tap + 1) * TALL / 3, count); ++ahead) {
                         prefetch(x + (coming + unread + ahead) * n, n);
@@ -69,14 +72,12 @@ void convolve(const T* x, const T* weights, T* y, double* sums, const Blocks& bl
 }  // namespace
 
 // y [places, n_out] = the convolution of x [places, n] along the lines; n_out a multiple of 16. Weights are
-// [3, n, n_out], those of bfloat16 [3, n / 2, n_out] of pairs along n. The sums of the result and of its square are
-// added to sums [2, n_out]. In bfloat16 only where the processor multiplies pairs (bfloat16_products() is 1).
+// [3, n, n_out] in float32, or where the processor multiplies pairs of bfloat16, [3, n / 2, n_out] of pairs along n, which
+// is even. The sums of the result and of its square are added to sums [2, n_out].
 extern "C" void dense_convolve(bool half, const void* x, const void* weights, void* y, double* sums, long outer,
                                long size, long inner, long n, long n_out, long threads) {
-    Blocks blocks{{outer, size, inner}};
-#ifdef __AVX512BF16__
-    if (half)
-        return convolve((const bfloat16*)x, (const bfloat16*)weights, (bfloat16*)y, sums, blocks, n, n_out, threads);
-#endif
-    convolve((const float*)x, (const float*)weights, (float*)y, sums, blocks, n, n_out, threads);
+    with_storage(half, [&](auto storage) {
+        using T = decltype(storage);
+        convolve((const T*)x, (const Factor<T>*)weights, (T*)y, sums, Blocks{{outer, size, inner}}, n, n_out, threads);
+    });
 }

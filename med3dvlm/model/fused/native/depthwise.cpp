@@ -34,8 +34,7 @@ struct Line {
 };
 
 template <int LENGTH, class T>
-void convolve(const T* x, const Lines& lines, const float* taps, const float* bias, T* y, bool add, double* sums,
-              long n, int threads) {
+void convolve(const T* x, const Lines& lines, const float* taps, T* y, double* sums, long n, int threads) {
     std::vector<Sums> seen(threads, Sums(n));
     #pragma omp parallel num_threads(threads)
     {
@@ -47,26 +46,25 @@ void convolve(const T* x, const Lines& lines, const float* taps, const float* bi
                 long start = lines.start(i) * n + c, step = lines.inner * n;
                 long next = (lines.start(i + 1) - lines.start(i)) * n;
                 line.read(x + start, lines.size, step, next);
-                lanes tap[LENGTH], begin = bias ? load(bias + c) : lanes{}, first{}, sum{}, square{};
+                lanes tap[LENGTH], first{}, sum{}, square{};
                 #pragma GCC unroll 16
                 for (int t = 0; t < LENGTH; ++t) tap[t] = load(taps + t * n + c);
                 for (long at = 0; at < lines.size; ++at) {
-                    lanes result = begin;
+                    lanes result{};
                     #pragma GCC unroll 16
                     for (int t = 0; t < LENGTH; ++t) result += tap[t] * line.at(at + t);
                     T* to = y + start + at * step;
                     __builtin_prefetch(to + next, 1);
-                    store(to, add ? load(to) + result : result);
+                    store(to, result);
                     if (at == 0) first = result;
                     result -= first;
                     sum += result;
                     square += result * result;
                 }
-                if (sums) ours.add_block(c, first, sum, square, lines.size);
+                ours.add_block(c, first, sum, square, lines.size);
             }
     }
-    if (sums)
-        for (const Sums& of_thread : seen) of_thread.add_to(sums);
+    for (const Sums& of_thread : seen) of_thread.add_to(sums);
 }
 
 // Both gradients in one pass, as they share what is read: dx by the taps `back`.
@@ -121,14 +119,14 @@ void with_length(long length, F f) {
 
 extern "C" {
 
-// y (+)= the convolution of x along the lines. taps [length, n], length 3, 5, .. 13; bias [n] or null; sums [2, n] or
-// null: the sums of the result and of its square are added to them.
-void depthwise_convolve(bool half, const void* x, const float* taps, const float* bias, void* y, bool add,
-                        double* sums, long outer, long size, long inner, long n, long length, long threads) {
+// y = the convolution of x along the lines. taps [length, n], length 3, 5, .. 13. The sums of the result and of its
+// square are added to sums [2, n].
+void depthwise_convolve(bool half, const void* x, const float* taps, void* y, double* sums, long outer, long size,
+                        long inner, long n, long length, long threads) {
     with_storage(half, [&](auto storage) {
         using T = decltype(storage);
         with_length(length, [&](auto constant) {
-            convolve<constant()>((const T*)x, {outer, size, inner}, taps, bias, (T*)y, add, sums, n, threads);
+            convolve<constant()>((const T*)x, {outer, size, inner}, taps, (T*)y, sums, n, threads);
         });
     });
 }

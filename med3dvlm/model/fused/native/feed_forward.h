@@ -1,8 +1,6 @@
 // What both directions of a feed-forward part share: GELU, and rows as factors of products.
 #pragma once
 
-#include <memory>
-
 #include "arithmetic.h"
 
 constexpr long PANEL = 64;        // columns of a panel of weights
@@ -58,27 +56,3 @@ struct Share {
     long first(long n, long unit = 1) const { return std::min(n, (n + unit - 1) / unit * index / number * unit); }
     long last(long n, long unit = 1) const { return Share{index + 1, number}.first(n, unit); }
 };
-
-// Memory that is written before it is read.
-template <class F>
-struct Buffer {
-    std::unique_ptr<F[]> at;
-    long count = 0;
-    explicit Buffer(long n = 0) { need(n); }
-    void need(long n) {
-        if (n > count) at.reset(new F[n]), count = n;
-    }
-    F* data() { return at.get(); }
-    F& operator[](long i) { return at[i]; }
-};
-
-// from[count] as factors of type F: where they lie, or in `buffer`.
-template <class F, class T>
-const F* factors(const T* from, long count, Buffer<F>& buffer) {
-    if constexpr (std::is_same_v<F, T>) return from;
-    else {
-        buffer.need(count);
-        for (long c = 0; c < count; c += LANES) store(&buffer[c], load(from + c));
-        return buffer.data();
-    }
-}

@@ -33,51 +33,31 @@ def take_dtype(dtype: torch.dtype) -> bool:
 
 
 def prepare(kernel: Tensor) -> Tensor:
-    """[C', C, 3] -> the weights [6, C, C'] that `convolve` takes, or a depth-wise [C, 1, k] -> [k, C]; float32."""
+    """[C', C, 3] -> the weights [6, C, C'] of Winograd's form, or a depth-wise [C, 1, k] -> [k, C]; float32."""
     if kernel.shape[1] == 1:
         return kernel[:, 0].float().T.contiguous()
     return torch.einsum("pt,oct->pco", SPREAD, kernel.double()).float().contiguous()
 
 
-def convolve(
-    x: Tensor,
-    weights: Tensor,
-    axis: str,
-    bias: Tensor | None = None,
-    add_to: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> Tensor:
-    """A convolution along one axis: [B, D, H, W, C] -> [B, D, H, W, C'].
-
-    Args:
-        x: the volume.
-        weights: of `prepare`.
-        bias: [C'], float32.
-        add_to: the result is added to this tensor, which is returned.
-        sums: [2, C'] float64, to which the sums of the result and of its square are added.
+def convolve(x: Tensor, kernel: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    """A convolution along one axis: [B, D, H, W, C] and a kernel [C', C, 3], or depth-wise [C, 1, k] ->
+    [B, D, H, W, C'], and the sums [2, C'] over places, float64, of the result before rounding and of its square.
     """
-    y = x.new_empty(*x.shape[:-1], weights.shape[-1]) if add_to is None else add_to
-    rest = (weights, bias, y, add_to is not None, sums, *lines(x, axis), x.shape[-1])
-    if weights.ndim == 2:
-        call("depthwise_convolve", x, x, *rest, len(weights))
-    else:
-        call("winograd_convolve", x, x, *rest, weights.shape[-1])
-    return y
-
-
-def takes_directly(dtype: torch.dtype) -> bool:
-    """Whether `convolve_directly` takes this dtype; bfloat16 where it is multiplied in pairs."""
-    return dtype == torch.float32 or build.library().bfloat16_products() == 1
-
-
-def convolve_directly(x: Tensor, kernel: Tensor, axis: str, sums: Tensor) -> Tensor:
-    """`convolve` without Winograd's rounding, of x and a dense kernel [C', C, 3] in its dtype."""
     y = x.new_empty(*x.shape[:-1], len(kernel))
-    weights = kernel.permute(2, 1, 0).contiguous()  # [3, C, C']
-    if x.dtype == torch.bfloat16:
-        weights = weights.view(3, -1, 2, len(kernel)).transpose(2, 3).contiguous()
-    call("dense_convolve", x, x, weights, y, sums, *lines(x, axis), x.shape[-1], len(kernel))
-    return y
+    sums, places = torch.zeros(2, len(kernel), dtype=torch.float64), lines(x, axis)
+    if kernel.shape[1] == 1:
+        call("depthwise_convolve", x, x, prepare(kernel), y, sums, *places, len(kernel), kernel.shape[-1])
+    else:
+        call("dense_convolve", x, x, _by_taps(kernel, x.dtype), y, sums, *places, x.shape[-1], len(kernel))
+    return y, sums
+
+
+def _by_taps(kernel: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C', C, 3] -> [3, C, C'] float32, or where bfloat16 is multiplied in pairs, [3, C / 2, C', 2] of it."""
+    weights = kernel.permute(2, 1, 0)
+    if not in_pairs(dtype):
+        return weights.float().contiguous()
+    return weights.to(dtype).unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
 
 
 def lanes() -> int:
@@ -186,8 +166,12 @@ def take_products(dtype: torch.dtype, channels: int, wide: int) -> bool:
     """
     if dtype not in DTYPES or channels % 16 or wide % 16 or not build.wanted():
         return False
-    in_pairs = not _AMX and build.library().bfloat16_products() == 1
-    return multiplied(dtype) == torch.float32 or in_pairs
+    return multiplied(dtype) == torch.float32 or not _AMX and in_pairs(dtype)
+
+
+def in_pairs(dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply this dtype in pairs: bfloat16 where there is an instruction for it."""
+    return dtype == torch.bfloat16 and build.library().bfloat16_products() == 1
 
 
 def multiplied(dtype: torch.dtype) -> torch.dtype:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from med3dvlm.model.fused.native import build
 from med3dvlm.model.fused.native.calls import call, places_and_channels
+from med3dvlm.model.fused.native.kernels import in_pairs
 
 PANEL = 64  # columns of a panel of weights, as in feed_forward.cpp
 
@@ -16,9 +16,9 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     Where bfloat16 is multiplied in pairs, [N / 64, K / 2, 64, 2] of it, so that neighbours along K lie side by side.
     """
-    in_pairs = dtype == torch.bfloat16 and build.library().bfloat16_products() == 1
-    (count, length), last = weight.shape, (PANEL, 2) if in_pairs else (PANEL,)
-    packed = torch.empty(-(-count // PANEL), length // len(last), *last, dtype=dtype if in_pairs else torch.float32)
+    (count, length), last = weight.shape, (PANEL, 2) if in_pairs(dtype) else (PANEL,)
+    factor = dtype if in_pairs(dtype) else torch.float32
+    packed = torch.empty(-(-count // PANEL), length // len(last), *last, dtype=factor)
     call("feed_forward_panels", packed, weight.float().contiguous(), packed, count, length)
     return packed
 

@@ -1,4 +1,4 @@
-// Dense 3-tap convolutions along one axis, and the gradients of their kernels, after Winograd: F(4, 3).
+// Gradients of dense 3-tap convolutions along one axis, after Winograd: F(4, 3).
 //
 // Six neighbouring inputs become six values, each of which meets one matrix [C, C'], and four neighbouring outputs are
 // combined from the six results: 6 products instead of 12. The gradient of a kernel is the same, read backwards.
@@ -151,10 +151,9 @@ void each_tile(long m, F f, G g) {
         }
 }
 
-// A group of y [.., n] (+)= A' u + bias; sums see the result, of which this may be the first group in a block.
+// A group of y [.., n] (+)= A' u.
 template <class T>
-void collect(const float* u, long step, const float* bias, const Group& group, T* y, bool add, Sums* sums, bool first,
-             long n) {
+void collect(const float* u, long step, const Group& group, T* y, bool add, long n) {
     bool inside = group.inside();
     for (long c = 0; c < n; c += LANES) {
         lanes u1 = load(u + step + c), u2 = load(u + 2 * step + c), u3 = load(u + 3 * step + c);
@@ -165,50 +164,9 @@ void collect(const float* u, long step, const float* bias, const Group& group, T
         for (int j = 0; j < OUT; ++j) {
             if (!inside && !group.holds(j)) break;
             T* to = y + group.place(j) * n + c;
-            if (bias) results[j] += load(bias + c);
-            if (sums) sums->see(c, results[j], first && j == 0);
             store(to, add ? load(to) + results[j] : results[j]);
         }
     }
-}
-
-template <class T>
-void convolve(const Plain<T>& x, const Lines& lines, const float* weights, const float* bias, T* y, bool add,
-              double* sums, long n_out, int threads) {
-    long rows = Group::count(lines), n = x.n;
-    std::vector<Sums> seen(threads, Sums(n_out));
-    #pragma omp parallel num_threads(threads)
-    {
-        Spread<float> v(round_up(n, LANES)), u(n_out);
-        Sums& ours = seen[omp_get_thread_num()];
-        #pragma omp for schedule(static)
-        for (long start = 0; start < rows; start += BLOCK) {
-            long count = std::min<long>(BLOCK, rows - start);
-            each_places<1>(x, lines, start, count, [&](long m, long c, const auto& places) INLINE {
-                lanes points[POINTS];
-                spread_inputs(places[0], points);
-                for (int p = 0; p < POINTS; ++p) store(v.at(p, m) + c, points[p]);
-            });
-            each_tile(
-                count,
-                [&](int p, long m, long tall) {
-                    product(v.at(p, m), v.row, 1, weights + p * n * n_out, n_out, u.at(p, m), n_out, tall, n_out, n,
-                            false);
-                },
-                [&](long m) {
-                    if (start + BLOCK + m >= rows) return;
-                    Group next(lines, start + BLOCK + m);
-                    next.fetch(x);
-                    next.fetch(y, n_out);
-                });
-            for (long m = 0; m < count; ++m)
-                collect(u.at(0, m), BLOCK * n_out, bias, Group(lines, start + m), y, add, sums ? &ours : nullptr,
-                        m == 0, n_out);
-            if (sums) ours.end_block();
-        }
-    }
-    if (sums)
-        for (const Sums& of_thread : seen) of_thread.add_to(sums);
 }
 
 // Both gradients in one pass, as they share what is read: dx, unless null, by the weights `back` [6, n_out, n].
@@ -259,7 +217,7 @@ void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* 
             for (int p = 0; p < POINTS; ++p)
                 product(of_dy.at(p, 0), n_out, 1, &weights[p * n_out * n], n, u.at(p, 0), n, count, n, n_out, false);
             for (long m = 0; m < count; ++m)
-                collect(u.at(0, m), BLOCK * n, nullptr, Group(lines, start + m), dx, add, nullptr, false, n);
+                collect(u.at(0, m), BLOCK * n, Group(lines, start + m), dx, add, n);
         }
     }
     for (int thread = 0; thread < threads; ++thread)
@@ -269,16 +227,6 @@ void gradients(const Plain<T>& x, const S& dy, const Lines& lines, const float* 
 }  // namespace
 
 extern "C" {
-
-// y (+)= the convolution of x along the lines. weights [6, n, n_out], bias [n_out] or null, sums [2, n_out] or null:
-// the sums of the result and of its square are added to them.
-void winograd_convolve(bool half, const void* x, const float* weights, const float* bias, void* y, bool add,
-                       double* sums, long outer, long size, long inner, long n, long n_out, long threads) {
-    with_storage(half, [&](auto storage) {
-        using T = decltype(storage);
-        convolve(Plain<T>{(const T*)x, n}, {outer, size, inner}, weights, bias, (T*)y, add, sums, n_out, threads);
-    });
-}
 
 // From the input x and the output's gradient dy (or its combination with z): result [6, n, n_out] += the gradient of
 // the weights, and unless null dx (+)= that of x by the weights back [6, n_out, n].
