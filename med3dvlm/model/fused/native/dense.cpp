@@ -25,7 +25,8 @@ struct Blocks {
 };
 
 template <class T>
-void convolve(const T* x, const Factor<T>* weights, T* y, double* sums, const Blocks& blocks, long n, long n_out, int threads) {
+void convolve(const T* x, const Factor<T>* weights, T* y, double* sums, const Blocks& blocks, long n, long n_out,
+              int threads) {
     long size = blocks.lines.size, inner = blocks.lines.inner;
     std::vector<Sums> seen(threads, Sums(n_out));
     #pragma omp parallel num_threads(threads)
@@ -72,8 +73,8 @@ void convolve(const T* x, const Factor<T>* weights, T* y, double* sums, const Bl
 }  // namespace
 
 // y [places, n_out] = the convolution of x [places, n] along the lines; n_out a multiple of 16. Weights are
-// [3, n, n_out] in float32, or where the processor multiplies pairs of bfloat16, [3, n / 2, n_out] of pairs along n, which
-// is even. The sums of the result and of its square are added to sums [2, n_out].
+// [3, n, n_out] in float32, or where the processor multiplies bfloat16 in pairs, [3, n / 2, n_out] of pairs along n,
+// which is then even. The sums of the result and of its square are added to sums [2, n_out].
 extern "C" void dense_convolve(bool half, const void* x, const void* weights, void* y, double* sums, long outer,
                                long size, long inner, long n, long n_out, long threads) {
     with_storage(half, [&](auto storage) {
