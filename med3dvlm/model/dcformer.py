@@ -99,7 +99,9 @@ class SingleChannelConv(nn.Conv3d):
 
         kernel = self.weight.permute(0, 1, 4, 2, 3)  # [C', 1, k_D, k_H, k_W]
         stride, padding = slices_first(self.stride), slices_first(self.padding)
-        return F.conv3d(x.movedim(-1, 1), kernel, self.bias, stride, padding).movedim(1, -1)  # [B, D', H', W', C']
+        # The axis of one channel gets the stride that belongs to it: oneDNN has written beyond its memory with others.
+        x = x.squeeze(-1).contiguous().unsqueeze(1)  # [B, 1, D, H, W]
+        return F.conv3d(x, kernel, self.bias, stride, padding).movedim(1, -1)  # [B, D', H', W', C']
 
 
 class PointwiseConv(nn.Conv3d):

@@ -223,6 +223,26 @@ def use_float64(encoder):
     encoder.double()
 
 
+def add_a_backward_hook(encoder):
+    encoder.encoder["s2"].register_full_backward_hook(lambda *arguments: None)
+
+
+def add_a_backward_pre_hook(encoder):
+    encoder.encoder["s2"].register_full_backward_pre_hook(lambda *arguments: None)
+
+
+def change_an_eps(encoder):
+    encoder.encoder["s2"][0].dwconv.c2[1].eps = 0.5
+
+
+def take_cumulative_averages(encoder):
+    encoder.encoder["s2"][0].dwconv.c2[1].momentum = None
+
+
+def approximate_gelu(encoder):
+    encoder.encoder["s1"][0].mlp.mlp[1].approximate = "tanh"
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -230,6 +250,11 @@ def use_float64(encoder):
         (replace_a_layer, "a layer was replaced by Scaled"),
         (mark_as_sharded, "the weights are sharded"),
         (use_float64, "oneDNN does not take torch.float64"),
+        (add_a_backward_hook, "layers have hooks"),
+        (add_a_backward_pre_hook, "layers have hooks"),
+        (change_an_eps, "a layer's settings were changed: BatchNorm(64, eps=0.5"),
+        (take_cumulative_averages, "a layer's settings were changed: BatchNorm(64"),
+        (approximate_gelu, "a layer's settings were changed: GELU(approximate='tanh')"),
     ],
 )
 def test_what_cannot_be_folded_takes_the_plain_path(change, reason, caplog):

@@ -320,7 +320,7 @@ def compiler(folder: Path, script: str) -> str:
 @pytest.mark.parametrize(
     "script, reason",
     [
-        (None, r"no C\+\+ compiler \(g\+\+\) on PATH"),
+        (None, r"no C\+\+ compiler \(/no/such/compiler\) on PATH"),
         ("echo 'x.cpp:1: error: no such thing' >&2; exit 1", r"compiler failed \(1\): x.cpp:1: error: no such thing"),
         ("kill -9 $$", r"compiler failed \(-9\): no message"),
         ('while [ "$1" != -o ]; do shift; done; echo nonsense >"$2"', "nonsense|too short|invalid ELF|slice"),
@@ -345,6 +345,23 @@ def test_an_unwritable_cache_folder_is_no_error(fresh, monkeypatch, caplog):
     monkeypatch.setenv("CXX", compiler(fresh, "exit 0"))
     assert build.library() is None
     assert len(caplog.records) == 1 and str(fresh) in caplog.text
+
+
+def test_a_user_without_a_home_folder_is_no_error(fresh, monkeypatch, caplog):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    assert build.library() is None
+    assert len(caplog.records) == 1 and "no home folder" in caplog.text
+
+
+def test_the_compiler_may_come_with_options(fresh, monkeypatch):
+    script = 'echo "$1" "$2" >"$(dirname "$0")/options"; while [ "$1" != -o ]; do shift; done; echo library >"$2"'
+    monkeypatch.setenv("CXX", f"{compiler(fresh, script)} -fuse-ld=gold -pipe")
+    assert build.built().read_text() == "library\n"
+    assert (fresh / "options").read_text() == "-fuse-ld=gold -pipe\n"
 
 
 def test_workers_of_a_data_loader_do_not_compile(fresh, monkeypatch):

@@ -153,7 +153,7 @@ def mean_and_variance(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     channels = x.shape[-1]
     parts = math.gcd(x[..., 0].numel(), 64)
-    unused = torch.zeros(parts * channels, dtype=dtype)  # running statistics, whose dtype is that of the result
+    unused = x.new_zeros(parts * channels, dtype=dtype)  # running statistics, whose dtype is that of the result
     found = torch.batch_norm_update_stats(_flat(x.reshape(1, -1, 1, 1, parts * channels)), unused, unused, 0.0)
     means, variances = (part.double().view(parts, channels) for part in found)
     mean = means.mean(0)

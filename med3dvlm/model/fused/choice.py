@@ -8,7 +8,7 @@
     MED3DVLM_FUSED=torch        fused paths, but without the compiled kernels of `native` on CPU
 
 A path is a class that folds weights for inference and a function for a step of training. What it cannot take goes to
-the plain code, and the log says so once per reason.
+the plain code, and the log says so once per reason, but where torch compiles, traces or transforms.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as any_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from med3dvlm.model.fused import inference, onednn, training, triton_choice
 from med3dvlm.model.fused.native import kernels as native
@@ -41,13 +44,13 @@ def set_fused(model: nn.Module, mode: str) -> None:
 
 def choose(encoder: nn.Module, volume: Tensor) -> Callable[[Tensor], list[Tensor]] | None:
     """What encodes this volume [B, 1, D, H, W] instead of the plain code, or None."""
-    if encoder.fused == "off" or os.environ.get("MED3DVLM_FUSED") == "0":
-        return None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if encoder.fused == "off" or _wish() == "0" or observed():
         return None
     if volume.device.type != "cpu" and encoder.fused == "cpu":
         return None
     tensors, reason = plain_tensors(encoder)
+    if volume.device.type not in ("cpu", "cuda"):
+        reason = f"no path for {volume.device.type}"
     if not reason:
         dtype = compute_dtype(encoder, volume)
         reason = refusal_of_mode(encoder, volume, dtype, tensors) or refusal_of_device(encoder, volume, dtype)
@@ -65,6 +68,28 @@ def choose(encoder: nn.Module, volume: Tensor) -> Callable[[Tensor], list[Tensor
     if encoder.training:
         return functools.partial(train, encoder, dtype)
     return functools.partial(_infer, encoder, fold, dtype, tensors)
+
+
+def _wish() -> str:
+    """What the environment asks for."""
+    wish = os.environ.get("MED3DVLM_FUSED", "")
+    if wish not in ("", "0", "torch"):
+        _log_once(f"MED3DVLM_FUSED={wish} changes nothing; known are 0 and torch", logging.WARNING)
+    return wish
+
+
+def observed() -> bool:
+    """Whether torch follows every operation, which kernels would escape: while it compiles, traces or counts, for
+    forward-mode gradients, function transforms, and hooks on all modules.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any_module._has_any_global_hook()
+    )
 
 
 def compute_dtype(encoder: nn.Module, volume: Tensor) -> torch.dtype:
@@ -93,8 +118,6 @@ def refusal_of_device(encoder: nn.Module, volume: Tensor, dtype: torch.dtype) ->
     """What the path of the volume's device does not take; empty if it takes the call."""
     if volume.device.type == "cuda":
         return triton_choice.refusal(encoder, volume, dtype)
-    if volume.device.type != "cpu":
-        return f"no path for {volume.device.type}"
     return "" if onednn.takes(native.multiplied(dtype)) else f"oneDNN does not take {dtype} here"
 
 
@@ -113,9 +136,10 @@ def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
         kind, state = type(module), vars(module)
         if kind.__module__ != type(encoder).__module__ and kind not in _TORCH_LAYERS:
             return tensors, f"a layer was replaced by {kind.__name__}"
-        hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
-        if module is not encoder and (hooks or "forward" in state):
+        if module is not encoder and ("forward" in state or any(state[hooks] for hooks in _HOOKS)):
             return tensors, "layers have hooks"
+        if any(state.get(name, usual) != usual for name, usual in _USUAL.items()) or state.get("momentum", 0) is None:
+            return tensors, f"a layer's settings were changed: {module}"
         if state["training"] != encoder.training:
             return tensors, "some layers are in training mode and some are not"
         modules += [child for child in state["_modules"].values() if child is not None]
@@ -128,12 +152,14 @@ def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
     return tensors, "" if next(encoder.parameters(), None) is not None else "the weights are replicas"
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_USUAL = {"eps": 1e-5, "track_running_stats": True, "approximate": "none"}  # of batch norms and GELU
 _TORCH_LAYERS = {nn.ModuleDict, nn.Sequential, nn.Identity, nn.MaxPool3d, nn.Linear, nn.GELU}
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def _log_once(message: str, level: int = logging.INFO) -> None:
+    logger.log(level, message)
 
 
 @dataclass

@@ -79,10 +79,10 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, mlp: list[Tensor]) -> tuple[Ten
     wide, channels = mlp[0].shape
     worth_packing = y[..., 0].numel() >= channels  # a copy of the weights
     if worth_packing and native.take_products(y.dtype, channels, wide):
-        expand, expand_bias, contract, contract_bias = (tensor.float() for tensor in mlp)
+        expand, expand_bias, contract, contract_bias = (tensor.float().contiguous() for tensor in mlp)
         out, inner = torch.empty_like(x), y.new_empty(*y.shape[:-1], wide)
         packed = (compiled.panels(expand, y.dtype), expand_bias), (compiled.panels(contract, y.dtype), contract_bias)
-        compiled.feed_forward(x, y, *packed, scale.float(), out, inner)
+        compiled.feed_forward(x, y, *packed, scale.float().contiguous(), out, inner)
         return out, inner
     dtype = native.multiplied(y.dtype)
     expand, expand_bias, contract, contract_bias = (tensor.to(dtype) for tensor in mlp)
@@ -98,7 +98,7 @@ def backward(
     wide, channels = mlp[0].shape
     total = dy.flatten(0, -2).sum(0, dtype=scale.dtype)  # [C]
     if native.take_products(y.dtype, channels, wide):
-        dy, expand, contract, factor = (tensor.float() for tensor in (dy, mlp[0], mlp[2], scale))
+        dy, expand, contract, factor = (tensor.float().contiguous() for tensor in (dy, mlp[0], mlp[2], scale))
         d_y, d_expand, d_bias, d_contract, d_scale = compiled.feed_forward_gradients(
             dy, y, inner, expand, contract, factor
         )

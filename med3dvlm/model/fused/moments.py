@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from med3dvlm.model.fused.axes import AXES
 from med3dvlm.model.fused.native import kernels as native
@@ -28,7 +29,16 @@ class Moments(NamedTuple):
 
 
 def along_axes(x: Tensor) -> Moments:
-    """Moments of [B, D, H, W, C], of which the last channel is 1: products with it are sums."""
+    """Moments of [B, D, H, W, C], of which the last channel is 1: products with it are sums.
+
+    For gradients of x, which few want, they are computed again: what torch would keep is in float64.
+    """
+    if x.requires_grad:
+        return checkpoint(_along_axes, x, use_reentrant=False, preserve_rng_state=False)
+    return _along_axes(x)
+
+
+def _along_axes(x: Tensor) -> Moments:
     x = x if native.take_moments(x) else x.double()
     count, channels = x[..., 0].numel(), x.shape[-1]
     here = product(x.reshape(-1, channels), x.reshape(-1, channels))

@@ -32,6 +32,7 @@ def takes(dtype: torch.dtype) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The linear layer with weight [N, K], which may be a transposed view: [.., K] -> [.., N]."""
     if takes(x.dtype):
+        bias = None if bias is None else bias.contiguous()  # it would be read as if it were
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -60,7 +61,7 @@ class Conv:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, dilation: int = 1, groups: int = 1):
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.dilation, self.groups = dilation, groups
         self.prepared: tuple[tuple, Tensor, tuple] | None = None
 

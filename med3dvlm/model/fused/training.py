@@ -12,13 +12,10 @@ Against the plain formulation:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from med3dvlm.model.fused import feed_forward, moments, stem
 from med3dvlm.model.fused.axes import AXES, AxisSum, batch_norms, convolutions
@@ -31,20 +28,14 @@ from med3dvlm.model.fused.branches import (
     transposed,
     update_running,
 )
+from med3dvlm.model.fused.first_order import first_order
 from med3dvlm.model.fused.inference import through_stages
 from med3dvlm.model.fused.native import kernels as native
 
 
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Entered anew each time: one `torch.autocast` for all would keep the state of the thread that came last."""
-    with torch.autocast("cpu", enabled=False):
-        yield
-
-
 def encode(encoder: nn.Module, dtype: torch.dtype, volume: Tensor) -> list[Tensor]:
     """[B, 1, D, H, W] -> five hidden states [B, D' * H' * W', C] in training mode, the convolutions in `dtype`."""
-    with _without_autocast():
+    with torch.autocast("cpu", enabled=False):
         first, second, *others = encoder.encoder["s0"][0]
         x = stem_start(first, second, stem.columns(volume, dtype))  # [B, D', H', W', C]
         x = DenseLayers.apply(x, others, *(p for layer in others for p in parameters_of(layer, dtype)))
@@ -101,6 +92,11 @@ def normalise(
     return z, branches.normalised_sum(z, mean, inverse_std), (mean, inverse_std)
 
 
+def _kept(ctx) -> list[Tensor]:
+    """What a forward pass has saved; hooks that keep it elsewhere may have brought it back in another layout."""
+    return [tensor.contiguous() for tensor in ctx.saved_tensors]
+
+
 class SumOfConvolutions(torch.autograd.Function):
     """[B, D, H, W, C] and three kernels [C', C, k] -> [B, D, H, W, C']."""
 
@@ -109,11 +105,9 @@ class SumOfConvolutions(torch.autograd.Function):
         ctx.save_for_backward(x, *kernels)
         return AxisSum(dict(zip(AXES, kernels, strict=True)), None, native.multiplied(x.dtype))(x)
 
-    @staticmethod
-    @once_differentiable
-    @_without_autocast()
+    @first_order
     def backward(ctx, dy: Tensor):
-        x, *kernels = ctx.saved_tensors
+        x, *kernels = _kept(ctx)
         kernels, dy, dx = dict(zip(AXES, kernels, strict=True)), dy.contiguous(), None
         if ctx.needs_input_grad[0]:
             dx = AxisSum({axis: transposed(kernel) for axis, kernel in kernels.items()}, None, dy.dtype)(dy)
@@ -139,11 +133,9 @@ class DenseLayers(torch.autograd.Function):
         ctx.kept = len(kept)
         return x
 
-    @staticmethod
-    @once_differentiable
-    @_without_autocast()
+    @first_order
     def backward(ctx, dx: Tensor):
-        saved, steps = ctx.saved_tensors, []  # asked for once, as gradient checkpointing wants it
+        saved, steps = _kept(ctx), []  # asked for once, as gradient checkpointing wants it
         x, *kept = saved[: ctx.kept]
         for i, branches in enumerate(_each(saved[ctx.kept :])):
             z_h, z_w, z_d, *stats = kept[5 * i : 5 * i + 5]
@@ -177,11 +169,9 @@ class MaxPool(torch.autograd.Function):
         ctx.save_for_backward(places)
         return pooled  # [B, D', H', W', C]
 
-    @staticmethod
-    @once_differentiable
-    @_without_autocast()
+    @first_order
     def backward(ctx, dy: Tensor):
-        (places,) = ctx.saved_tensors
+        (places,) = _kept(ctx)
         if places.dtype == torch.uint8:
             return native.max_pool_gradient(dy.contiguous(), places, ctx.shape)
         shaped = dy.new_empty(ctx.shape).movedim(-1, 1)  # stands for the input, of which only the shape is used
@@ -199,11 +189,9 @@ class Project(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         return feed_forward.linear(x, weight)
 
-    @staticmethod
-    @once_differentiable
-    @_without_autocast()
+    @first_order
     def backward(ctx, dy: Tensor):
-        return feed_forward.linear_gradients(dy, *ctx.saved_tensors)
+        return feed_forward.linear_gradients(dy, *_kept(ctx))
 
 
 class ResidualBlock(torch.autograd.Function):
@@ -218,11 +206,9 @@ class ResidualBlock(torch.autograd.Function):
         ctx.save_for_backward(source, inner, *stats, scale, *parameters)
         return out
 
-    @staticmethod
-    @once_differentiable
-    @_without_autocast()
+    @first_order
     def backward(ctx, dy: Tensor):
-        source, inner, mean, inverse_std, scale, *parameters = ctx.saved_tensors
+        source, inner, mean, inverse_std, scale, *parameters = _kept(ctx)
         mlp, branches = parameters[:4], branches_of(len(scale), parameters[4:])
         z, dy = branches.convolve(source), dy.contiguous()
         y = branches.normalised_sum(z, mean, inverse_std)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from med3dvlm.model.fused import triton_kernels as kernels
+from med3dvlm.model.fused.first_order import first_order
 from med3dvlm.model.fused.triton_sums import kernel_types, power_of_two
 from med3dvlm.model.fused.triton_tuning import compiled_for, tuned
 
@@ -82,8 +82,7 @@ class FeedForward(torch.autograd.Function):
 
         return tuned("feed_forward", y, mlp[0], WAYS, run)
 
-    @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout: Tensor):
         y, *mlp = ctx.saved_tensors
         return dout, *compiled_for(y, gradients, y.shape[1])(dout, y, *mlp)

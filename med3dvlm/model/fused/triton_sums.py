@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from med3dvlm.model.fused import triton_kernels as kernels
+from med3dvlm.model.fused.first_order import first_order
 from med3dvlm.model.fused.triton_tuning import INTERPRETED, tuned
 
 EPSILON = 1e-5  # of batch norm
@@ -144,8 +144,7 @@ class NormalisedSum(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
-    @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dy: Tensor, _mean, _var):
         x, taps, weight, mean, var = ctx.saved_tensors
         dy, taps = dy.to(x.dtype).contiguous(), for_kernels(taps, x.dtype)

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,9 +55,9 @@ def built() -> Path:
     path = cache_folder() / f"kernels-{fingerprint()}.so"
     if path.exists():
         return path
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise CannotBuild("no C++ compiler (g++) on PATH")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")  # options may follow, as usual
+    if shutil.which(compiler[0]) is None:
+        raise CannotBuild(f"no C++ compiler ({compiler[0]}) on PATH")
     if get_worker_info() is not None:
         raise CannotBuild("workers of a data loader do not compile them")
     try:
@@ -72,26 +73,31 @@ def built() -> Path:
     return path
 
 
-def compile_to(path: Path, compiler: str) -> None:
+def compile_to(path: Path, compiler: list[str]) -> None:
     """Compile the sources beside this file to a shared library, which appears whole or not at all."""
     unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(unfinished)]
+    command = [*compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(unfinished)]
     try:
         outcome = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
         if outcome.returncode:
             lines = outcome.stderr.strip().splitlines() or ["no message"]
             reason = next((line for line in lines if "error" in line), lines[-1])
-            raise CannotBuild(f"{compiler} failed ({outcome.returncode}): {reason}")
+            raise CannotBuild(f"{compiler[0]} failed ({outcome.returncode}): {reason}")
+        with open(unfinished, "rb") as written:
+            os.fsync(written.fileno())  # half a library would end each later process
         os.replace(unfinished, path)
     except subprocess.TimeoutExpired:
-        raise CannotBuild(f"{compiler} took more than {LIMIT} s") from None
+        raise CannotBuild(f"{compiler[0]} took more than {LIMIT} s") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
-    """Where the library is kept: `XDG_CACHE_HOME` or `~/.cache`, below it `med3dvlm`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "med3dvlm"
+    """Where the library is kept: below `XDG_CACHE_HOME` or `~/.cache`; CannotBuild if neither is known."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "med3dvlm"
+    except RuntimeError:
+        raise CannotBuild("this user has no home folder, and XDG_CACHE_HOME is not set") from None
 
 
 def fingerprint() -> str:

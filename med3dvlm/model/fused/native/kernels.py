@@ -18,7 +18,9 @@ _AMX = _ABILITIES.get("amx_tile", False)
 # G of Winograd's F(4, 3), six weights for three taps, from the points of winograd.cpp: each with the product of its
 # distances from the others. The sixth is infinity.
 _POINTS = {0: 1, 2 / 3: -130 / 81, -2 / 3: -130 / 81, 3 / 2: 65 / 8, -3 / 2: 65 / 8}
-SPREAD = torch.tensor([[p**k / f for k in range(3)] for p, f in _POINTS.items()] + [[0, 0, 1]], dtype=torch.float64)
+SPREAD = torch.tensor(
+    [[p**k / f for k in range(3)] for p, f in _POINTS.items()] + [[0, 0, 1]], dtype=torch.float64, device="cpu"
+)
 
 
 def take(dtype: torch.dtype, kernel: Tensor, groups: int) -> bool:
@@ -44,7 +46,7 @@ def convolve(x: Tensor, kernel: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     [B, D, H, W, C'], and the sums [2, C'] over places, float64, of the result before rounding and of its square.
     """
     y = x.new_empty(*x.shape[:-1], len(kernel))
-    sums, places = torch.zeros(2, len(kernel), dtype=torch.float64), lines(x, axis)
+    sums, places = x.new_zeros(2, len(kernel), dtype=torch.float64), lines(x, axis)
     if kernel.shape[1] == 1:
         call("depthwise_convolve", x, x, prepare(kernel), y, sums, *places, len(kernel), kernel.shape[-1])
     else:
@@ -137,10 +139,10 @@ def kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str) -> Tensor:
 def _kernel_gradient(x: Tensor, dy: Tensor, kernel: Tensor, axis: str, *others: Tensor | bool | None) -> Tensor:
     channels, places = x.shape[-1], lines(x, axis)
     if kernel.shape[1] == 1:
-        taps = torch.zeros(kernel.shape[-1], channels)
+        taps = x.new_zeros(kernel.shape[-1], channels, dtype=torch.float32)
         call("depthwise_gradients", x, x, dy, *others, taps, *places, channels, len(taps))
         return taps.T.unsqueeze(1).to(kernel.dtype)
-    weights = torch.zeros(len(SPREAD), channels, len(kernel))
+    weights = x.new_zeros(len(SPREAD), channels, len(kernel), dtype=torch.float32)
     call("winograd_gradients", x, x, dy, *others, weights, *places, channels, len(kernel))
     return torch.einsum("pt,pco->oct", SPREAD, weights.double()).to(kernel.dtype)
 
@@ -154,7 +156,7 @@ def normalised_sum(z: list[Tensor], scale: Tensor, shift: Tensor) -> Tensor:
 
 def gradient_sums(dy: Tensor, z: list[Tensor], mean: Tensor) -> Tensor:
     """Sums over places of dy, and of dy * (z[i] - mean[i]): [.., C] and [3, C] float32 -> [4, C] float64."""
-    sums = torch.zeros(4, dy.shape[-1], dtype=torch.float64)
+    sums = dy.new_zeros(4, dy.shape[-1], dtype=torch.float64)
     call("norms_gradient_sums", dy, dy, *z, mean, sums, *places_and_channels(dy))
     return sums
 
@@ -192,7 +194,7 @@ def max_pool(x: Tensor) -> Tensor:
 
 def max_pool_with_places(x: Tensor) -> tuple[Tensor, Tensor]:
     """`max_pool`, and which of its 27 inputs each result is, as `max_pool_gradient` takes it."""
-    y, places = x.new_empty(_halved(x)), torch.empty(_halved(x), dtype=torch.uint8)
+    y, places = x.new_empty(_halved(x)), x.new_empty(_halved(x), dtype=torch.uint8)
     call("max_pool", x, x, y, places, *x.shape)
     return y, places
 
@@ -211,7 +213,7 @@ def take_moments(x: Tensor) -> bool:
 
 def second_moments(a: Tensor, b: Tensor) -> Tensor:
     """a' b of [P, C] twice -> [C, C], in float64."""
-    result = torch.zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
+    result = a.new_zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
     call("moments_second", a, a.contiguous(), b.contiguous(), result, *a.shape)
     return result
 

@@ -18,7 +18,7 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     (count, length), last = weight.shape, (PANEL, 2) if in_pairs(dtype) else (PANEL,)
     factor = dtype if in_pairs(dtype) else torch.float32
-    packed = torch.empty(-(-count // PANEL), length // len(last), *last, dtype=factor)
+    packed = weight.new_empty(-(-count // PANEL), length // len(last), *last, dtype=factor)
     call("feed_forward_panels", packed, weight.float().contiguous(), packed, count, length)
     return packed
 
@@ -61,10 +61,8 @@ def feed_forward_gradients(
     """
     (places, channels), wide = places_and_channels(y), len(expand)
     of_places, of_inner = _shares(places, wide, torch.get_num_threads())
-    d_y, d_expand = torch.empty(of_inner, *y.shape), torch.empty(of_places, wide, channels)
-    d_bias, d_contract = torch.empty(of_places, wide), torch.empty(of_places, channels, wide)
-    d_scale = torch.zeros(of_places * of_inner, channels)
-    gradients = (d_y, d_expand, d_bias, d_contract, d_scale)
+    shares = [(of_inner, *y.shape), (of_places, wide, channels), (of_places, wide), (of_places, channels, wide)]
+    gradients = [dy.new_empty(shape) for shape in shares] + [dy.new_zeros(of_places * of_inner, channels)]
     sizes = (places, channels, wide, of_places, of_inner)
     call("feed_forward_gradients", y, dy, y, inner, expand, contract, scale, *gradients, *sizes)
     return tuple(gradient[0] if len(gradient) == 1 else gradient.sum(0) for gradient in gradients)
