@@ -3,11 +3,15 @@
     from med3dvlm import load_model
     print(load_model("folder").answer("scan.nii.gz", "Which organ is abnormal?").text)
 
-The names are imported when they are first used, so that `import med3dvlm` itself costs nothing. Importing
-`med3dvlm.model`, which each of them does, makes both models known to transformers' Auto classes.
+The names are imported when they are first used, so that `import med3dvlm` itself costs nothing: commands that prepare
+data need neither torch nor transformers. Transformers' Auto classes know both models from then on.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 
 _HOME = {
     "CLIPConfig": "med3dvlm.configuration",
@@ -17,6 +21,7 @@ _HOME = {
     "load_clip": "med3dvlm.inference",
     "load_model": "med3dvlm.inference",
 }
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 __all__ = list(_HOME)
 
 
@@ -24,3 +29,53 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def _stand_in(name: str) -> type:
+    """What `AutoConfig` knows in a configuration's place: asked for one, it imports the models, which register."""
+
+    def configuration() -> type:
+        import_module("med3dvlm.model")
+        return __getattr__(name)
+
+    class StandIn:
+        def __new__(cls, *arguments, **options):
+            return configuration()(*arguments, **options)
+
+        @staticmethod
+        def from_dict(*arguments, **options):
+            return configuration().from_dict(*arguments, **options)
+
+    return StandIn
+
+
+def _register(auto) -> None:
+    for model_type, name in (("dec_clip", "CLIPConfig"), ("vlm_qwen", "VLMConfig")):
+        auto.AutoConfig.register(model_type, _stand_in(name))
+
+
+class _AfterAutoConfig(MetaPathFinder):
+    """Registers as soon as transformers' module of `AutoConfig` has been imported.
+
+    Importing the models at that point would meet modules of transformers, and of ours, that are only half imported.
+    """
+
+    def find_spec(self, name: str, path, target=None) -> ModuleSpec | None:
+        if name != _AUTO_CONFIG:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _AUTO_CONFIG in sys.modules:
+    _register(sys.modules[_AUTO_CONFIG])
+else:
+    sys.meta_path.insert(0, _AfterAutoConfig())
