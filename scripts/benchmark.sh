@@ -10,6 +10,7 @@ set -eu
 subject=${1:-}
 case $subject in
 data | encoder | infer) shift ;;
+-h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
 *) die "what is to be timed? sh scripts/benchmark.sh data|encoder|infer [flags]" ;;
 esac
 run "med3dvlm.benchmark.$subject" "$@"

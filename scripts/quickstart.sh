@@ -21,6 +21,8 @@ while [ $# -gt 0 ]; do
 done
 case $SEED in '' | *[!0-9]*) die "--seed takes a number, not '$SEED'" ;; esac
 
+[ -z "${MED3DVLM_DRY_RUN:-}" ] || die "the quickstart is many commands and has no dry run (MED3DVLM_DRY_RUN); see --help"
+
 setup_venv requirements-cpu.txt
 mkdir -p "$OUT"
 OUT=$(CDPATH='' cd -- "$OUT" && pwd -P)

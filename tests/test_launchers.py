@@ -259,3 +259,8 @@ def test_half_made_environment_is_made_again(fake_checkout):
     (fake_checkout.folder / ".venv/bin").mkdir(parents=True)
     assert fake_checkout().returncode == 0
     assert fake_checkout.log() == ["venv", "pip install"]
+
+
+def test_the_benchmark_says_what_it_can_time(tmp_path):
+    done = run_script("scripts/benchmark.sh", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "sh scripts/benchmark.sh encoder" in done.stdout

@@ -45,6 +45,11 @@ def test_help_says_what_it_does_and_how_to_call_it(tmp_path):
     assert "set -eu" not in done.stdout and "#" not in done.stdout
 
 
+def test_there_is_no_dry_run(tmp_path):
+    done = run_script("scripts/quickstart.sh", cwd=tmp_path, MED3DVLM_DRY_RUN="1")
+    assert done.returncode == 1 and "has no dry run" in done.stderr
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--sed", "1"], "unknown argument --sed"),
     (["output"], "unknown argument output"),

@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import tomllib
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_command_exists_and_knows_its_flags(document, command, tmp_path):
         assert not set(flags_in(arguments)) - flags_of(target, *subcommand)
     elif program in ("pip", "conda"):
         files = [word for word in rest if word.endswith((".txt", ".yaml"))]
-        assert all((ROOT / file).is_file() for file in files) and (files or rest == ["install", "."])
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        installs = [["install", "."], *(["install", f".[{extra}]"] for extra in extras)]
+        assert all((ROOT / file).is_file() for file in files) and (files or rest in installs)
     else:
         assert program == "sbatch" and (ROOT / rest[0]).is_file()
 

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None) -> int:
     """The command: `main` with bad input as one line and an exit code."""
     if find_spec("gradio") is None:
-        print("error: the page needs Gradio: pip install 'med3dvlm[app]'", file=sys.stderr)
+        print("error: the page needs Gradio: pip install gradio", file=sys.stderr)
         return 1
     try:
         main(argv)

@@ -221,6 +221,8 @@ class Page:
         question, reply = messages[-2]["text"], messages[-1]
         kind = "caption" if question in CAPTION_PROMPTS else "vqa"
         try:
+            if None in (temperature, top_p, tokens):  # emptied by hand
+                raise ValueError('A field under "Sampling" is empty: fill it in.')
             sampling = Sampling(temperature, top_p, int(seed or 0))
             stream = session.chat.stream(question, kind, int(tokens), sampling=sampling)
         except ValueError as error:  # a question that doesn't fit, a seed beyond 64 bits

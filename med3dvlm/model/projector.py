@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PROJECTORS = ("linear", "mlp", "low_high_mlp", "mixer", "mhsa")
+_SIZES = {  # what each kind takes of a configuration, besides `hidden_size`
+    "linear": ("mm_hidden_size",),
+    "mlp": ("mm_hidden_size", "mm_mlp_depth"),
+    "low_high_mlp": ("low_input_size", "high_input_size", "mm_mlp_depth"),
+    "mixer": ("low_input_size", "low_output_size", "high_input_size", "high_output_size", "mm_mlp_depth"),
+    "mhsa": ("mm_hidden_size",),
+}
+PROJECTORS = tuple(_SIZES)
 
 
 def build_projector(config) -> nn.Module:
@@ -29,9 +36,12 @@ def build_projector(config) -> nn.Module:
         A module whose `forward` takes [low, high] where `takes_two_streams(config)`, else the last hidden state, and
         returns [B, projector_tokens(...), H].
     Raises:
-        ValueError: unknown kind, or sizes that contradict each other.
+        ValueError: unknown kind, or sizes that are missing or contradict each other.
     """
     kind, hidden_size = config.mm_projector_type, config.hidden_size
+    missing = [name for name in _SIZES.get(kind, ()) if getattr(config, name, None) is None]
+    if missing:
+        raise ValueError(f"{kind} projector: the configuration does not say {', '.join(missing)}")
     if kind == "linear":
         return LinearProjector(config.mm_hidden_size, hidden_size)
     if kind == "mlp":

@@ -9,7 +9,7 @@
 #   NPROC             processes on this machine (default: the number of visible GPUs, at least 1)
 #   HOSTFILE          DeepSpeed host file ("name slots=8" a line): train on all of its nodes
 #   DEEPSPEED_CONFIG  used as soon as there are several processes (default: scripts/zero2.json)
-#   MED3DVLM_DRY_RUN  set to 1: print the command, one argument a line, instead of running it
+#   MED3DVLM_DRY_RUN  set to 1: print the command, one argument a line, instead of running it (not for the quickstart)
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
 

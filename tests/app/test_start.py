@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,3 +160,9 @@ def test_answers_of_random_weights_say_so(monkeypatch, tmp_path):
     page = Page(model, None, "random weights", main.RANDOM, [], 1)
     facts = page._facts(Answer("words", 3, 1.0, {}), Sampling(), stopped=False)
     assert facts["notes"] == [main.RANDOM] and "Research only" in facts["facts"]
+
+    messages = [{"text": "Why?"}, {"text": ""}]
+    session = SimpleNamespace(messages=messages, answering=True, stream=None, chat=None, shown=lambda: messages[-1])
+    monkeypatch.setattr(page, "_session", lambda request: session)
+    (shown,) = page.answer(None, 1.0, 8, 0, None)  # a field of numbers that was emptied
+    assert 'A field under "Sampling" is empty' in str(shown)

@@ -138,6 +138,16 @@ def test_low_high_mlp_takes_the_channels_of_tokens_and_channels():
         check_projector_sizes(config, encoder)
 
 
+@pytest.mark.parametrize(
+    "kind, name", [("mixer", "low_output_size"), ("mlp", "mm_mlp_depth"), ("mhsa", "mm_hidden_size")]
+)
+def test_a_missing_size_is_named(kind, name):
+    config = small_config(kind)
+    delattr(config, name)
+    with pytest.raises(ValueError, match=f"{kind} projector: the configuration does not say {name}"):
+        build_projector(config)
+
+
 def test_contradicting_sizes_are_named():
     with pytest.raises(ValueError, match="unknown mm_projector_type 'conv'; known: linear, mlp"):
         build_projector(small_config("conv"))
