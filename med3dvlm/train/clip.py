@@ -33,7 +33,13 @@ from med3dvlm.train.arguments import (
     parse_stage,
     run,
 )
-from med3dvlm.train.data import choose_augmentation, open_images, preparation_of, tell_about_preparation
+from med3dvlm.train.data import (
+    choose_augmentation,
+    open_images,
+    preparation_of,
+    require_samples,
+    tell_about_preparation,
+)
 from med3dvlm.train.trainer import StageTrainer, log_to_console
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -97,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
 
     records = read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train", data_args.check_files)
+    require_samples(records, f"{data_args.cap_data_path} (train)")
     preprocess, profile = preparation_of(records, data_args)
     start = model_args.pretrained_model or model_args.language_model_name_or_path
     with checked_flags(f"a dual encoder from {start}"):

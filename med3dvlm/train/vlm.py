@@ -45,7 +45,13 @@ from med3dvlm.train.arguments import (
     parse_stage,
     run,
 )
-from med3dvlm.train.data import choose_augmentation, open_images, preparation_of, tell_about_preparation
+from med3dvlm.train.data import (
+    choose_augmentation,
+    open_images,
+    preparation_of,
+    require_samples,
+    tell_about_preparation,
+)
 from med3dvlm.train.trainer import MixedDataset, TrainedOnlyTrainer, log_to_console, whole_models
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -146,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     records = read_records(data_args, yes_no=stage == "lora")
     rows = [record for kind in records.values() for record in kind]
+    require_samples(rows, f"{data_args.cap_data_path} (train)", data_args.vqa_data_train_path)
     preprocess, profile = preparation_of(rows, data_args)
     with whole_models(training_args), checked_flags(f"a model from {model_args.model_name_or_path}"):
         model, processor = build_model(model_args, stage, preprocess)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from med3dvlm.model.checkpoint import load_vision_encoder
 from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.weights import read_tensors, write_tensors
 from med3dvlm.processing import load_tokenizer
+from med3dvlm.train.arguments import FlagError
+from med3dvlm.train.trainer import require_batch
 from tests.helpers.tiny_stages import TRAINING_CASES, copy_run, damaged_data, different, interrupt, losses
 
 # Two steps are an epoch (10 cases, batches of 4, the rest dropped).
@@ -142,6 +145,37 @@ def test_other_losses_and_encoders_train(stages, tmp_path, flags):
     model = CLIPModel.from_pretrained(tmp_path)
     assert hasattr(model, "logit_scale") == ("nce" in flags)
     load_vision_encoder(model, tmp_path / "pretrained_ViT.bin")
+
+
+@pytest.mark.parametrize("length", [["--max_steps", 2], ["--max_steps", -1, "--num_train_epochs", 2]])
+def test_fewer_pairs_than_a_batch_are_refused(stages, tmp_path, length):
+    with pytest.raises(
+        FlagError, match="^10 samples are fewer than a batch: 64, .*lower --per_device_train_batch_size$"
+    ):
+        stages.clip(tmp_path, "--per_device_train_batch_size", 64, *length)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_batch_is_needed_on_every_process():
+    """Only full batches count; accumulating gradients asks for no more of them."""
+    args = SimpleNamespace(train_batch_size=5, world_size=2, dataloader_drop_last=True, gradient_accumulation_steps=4)
+    require_batch(10, args)
+    with pytest.raises(FlagError, match=r"^9 samples are fewer than a batch: 5 \(x 2 processes\)"):
+        require_batch(9, args)
+    args.dataloader_drop_last = False
+    require_batch(1, args)
+
+
+def test_accumulation_over_more_batches_than_there_are_trains(stages, tmp_path):
+    stages.clip(tmp_path, "--gradient_accumulation_steps", 9)
+    assert all(loss > 0 for loss in losses(tmp_path)) and len(losses(tmp_path)) == 2
+
+
+def test_no_pairs_at_all_are_named(stages, tmp_path):
+    manifest = json.loads((stages.data / "M3D_Cap_npy/M3D_Cap.json").read_text()) | {"train": []}
+    (tmp_path / "empty.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=r"empty.json \(train\): no rows to train on$"):
+        stages.clip(tmp_path / "run", "--cap_data_path", tmp_path / "empty.json")
 
 
 def test_a_missing_file_is_named_before_training(stages, tmp_path):

@@ -298,6 +298,17 @@ def test_a_question_that_leaves_no_room_is_named(stages, untied, tmp_path):
         stages.vlm(tmp_path, *untied, *PROJECTOR, "--model_max_length", 8)
 
 
+def test_no_samples_at_all_are_named(stages, tmp_path):
+    manifest = json.loads((stages.data / "M3D_Cap_npy/M3D_Cap.json").read_text()) | {"train": []}
+    (tmp_path / "empty.json").write_text(json.dumps(manifest))
+    flags = [*PROJECTOR, "--cap_data_path", tmp_path / "empty.json", "--max_steps", 1]
+    stages.vlm(tmp_path / "questions alone", *flags)
+    table = (stages.data / "M3D-VQA/M3D_VQA_train.csv").read_text()
+    (tmp_path / "empty.csv").write_text(table.splitlines()[0] + "\n")
+    with pytest.raises(ManifestError, match=r"empty.json \(train\), .*empty.csv: no rows to train on$"):
+        stages.vlm(tmp_path / "run", *flags, "--vqa_data_train_path", tmp_path / "empty.csv")
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_damaged_file_is_named_or_skipped(stages, untied, tmp_path, caplog, grouped):
     root, image, other = damaged_data(stages.data, tmp_path / "data")
