@@ -5,6 +5,7 @@ A full checkpoint holds its weights in `model.safetensors`, in shards named by `
 by their ending. Files appear under their name only when they are complete.
 """
 
+import glob
 import json
 import os
 import pickle
@@ -48,12 +49,20 @@ def checkpoint_errors(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, moved onto it only if the block succeeds."""
+    """A temporary path in the folder of `path`, moved onto it only if the block succeeds.
+
+    The file is as readable as any other that is made there. What a killed writer of it has left goes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a private file in its place
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

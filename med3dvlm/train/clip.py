@@ -23,6 +23,7 @@ from med3dvlm.data.manifest import read_caption_manifest
 from med3dvlm.model.checkpoint import save_vision_encoder
 from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.fused.choice import set_fused
+from med3dvlm.model.published import begin_folder
 from med3dvlm.processing import load_preprocess, load_tokenizer, save_preprocess
 from med3dvlm.train.arguments import (
     CLIPModelArguments,
@@ -134,11 +135,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     output = Path(training_args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(output, is_main_process=training_args.should_save)
-    save_vision_encoder(model, output / "pretrained_ViT.bin")
     if training_args.should_save:
+        begin_folder(output)
         tokenizer.save_pretrained(output)
         save_preprocess(output, preprocess, profile)
+    save_vision_encoder(model, output / "pretrained_ViT.bin")
+    model.save_pretrained(output, is_main_process=training_args.should_save)  # last: see begin_folder
     return metrics
 
 

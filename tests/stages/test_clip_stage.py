@@ -15,7 +15,7 @@ from med3dvlm.data.volume import VolumeError
 from med3dvlm.inference import load_clip
 from med3dvlm.model.checkpoint import load_vision_encoder
 from med3dvlm.model.clip import CLIPModel
-from med3dvlm.model.weights import read_tensors, write_tensors
+from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
 from med3dvlm.processing import load_tokenizer
 from med3dvlm.train.arguments import FlagError
 from med3dvlm.train.trainer import require_batch
@@ -60,6 +60,22 @@ def test_the_trained_model_can_be_evaluated(run):
     tokens = encoder.tokenizer(["a small cyst", "a large abscess"], padding=True, return_tensors="pt")
     features = encoder.encode_texts(tokens["input_ids"], tokens["attention_mask"])
     assert features.shape == (2, 32) and torch.allclose(features.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("stopped_at", ["save_preprocess", "save_vision_encoder", "CLIPModel.save_pretrained"])
+def test_an_interrupted_end_leaves_no_model_that_loads(stages, run, tmp_path, monkeypatch, stopped_at):
+    """Neither in a new folder nor over the model of an older run."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    older = copy_run(run, tmp_path / "older")
+    monkeypatch.setattr(f"med3dvlm.train.clip.{stopped_at}", interrupted)
+    for folder in (older, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            stages.clip(folder, "--save_strategy", "no", "--max_steps", 1)
+        with pytest.raises(CheckpointError, match="no config.json"):
+            load_clip(folder, device="cpu")
 
 
 def test_everything_trains_and_text_weights_start_from_the_named_encoder(stages, run, tmp_path):

@@ -12,7 +12,7 @@ from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError, read_tensors, read_weights, write_tensors
-from med3dvlm.train import vlm
+from med3dvlm.train import merge, vlm
 from tests.helpers.tiny_model import write_tiny_vlm
 from tests.helpers.tiny_stages import LORA, PROJECTOR, copy_run, damaged_data, different, interrupt, losses
 
@@ -122,6 +122,20 @@ def test_lora_stage_saves_everything_that_trained(lora, projector, start, base):
     assert not stuck, "encoder, projector, embeddings and head train"
     adapters = [key for key in tensors if ".lora_B." in key]
     assert len(adapters) == 2 * 7 and all(tensors[key].abs().max() > 0 for key in adapters)
+
+
+def test_an_interrupted_end_over_an_older_run_is_not_merged(stages, lora, tmp_path, monkeypatch):
+    """Else its weights would be taken with the adapters' settings and the preprocessing of the older run."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    folder = copy_run(lora[0], tmp_path / "lora")
+    monkeypatch.setattr(vlm.VLMProcessor, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.vlm(folder, *LORA, "--max_steps", 1, "--save_strategy", "no")
+    with pytest.raises(CheckpointError, match="found no base_model.json"):
+        merge.main(["--model_with_lora", str(folder), "--output_dir", str(tmp_path / "model")])
 
 
 def without_training(stages, folder, *flags):
