@@ -186,6 +186,21 @@ def write_json(value: Any, path: Path) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def misfitting(tensors: dict[str, Tensor], wanted: dict[str, Tensor], optional: Iterable[str] = ()) -> str:
+    """Every missing, unexpected and wrongly shaped key of `tensors`, as a text; "" where they are the wanted ones."""
+    expected = {key: list(tensor.shape) for key, tensor in wanted.items()}
+    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    missing = [key for key in expected if key not in found and key not in set(optional)]
+    unexpected = [key for key in found if key not in expected]
+    misshaped = [
+        f"{key} (expected {expected[key]}, found {shape})"
+        for key, shape in found.items()
+        if key in expected and expected[key] != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
+    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+
+
 def load_strict(
     module: nn.Module, tensors: dict[str, Tensor], source: str, optional: Iterable[str] = (), assign: bool = False
 ) -> None:
@@ -198,19 +213,9 @@ def load_strict(
     Raises:
         CheckpointError: names every missing, unexpected and wrongly shaped key.
     """
-    expected = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
-    missing = [key for key in expected if key not in found and key not in set(optional)]
-    unexpected = [key for key in found if key not in expected]
-    misshaped = [
-        f"{key} (expected {expected[key]}, found {shape})"
-        for key, shape in found.items()
-        if key in expected and expected[key] != shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
-    if any(problems.values()):
-        lines = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"{source} doesn't fit {type(module).__name__}: {lines}")
+    misfits = misfitting(tensors, module.state_dict(), optional)
+    if misfits:
+        raise CheckpointError(f"{source} doesn't fit {type(module).__name__}: {misfits}")
     module.load_state_dict(tensors, strict=False, assign=assign)
 
 

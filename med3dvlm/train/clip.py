@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from med3dvlm.configuration import CLIPConfig
 from med3dvlm.data.collate import collate_pairs
 from med3dvlm.data.datasets import PairDataset
 from med3dvlm.data.manifest import read_caption_manifest
@@ -24,6 +25,7 @@ from med3dvlm.model.checkpoint import save_vision_encoder
 from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.fused.choice import set_fused
 from med3dvlm.model.published import begin_folder
+from med3dvlm.model.weights import CheckpointError, misfitting, read_weights
 from med3dvlm.processing import load_preprocess, load_tokenizer, save_preprocess
 from med3dvlm.train.arguments import (
     CLIPModelArguments,
@@ -85,6 +87,17 @@ class ContrastiveTrainer(StageTrainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in text]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: CLIPModel | None = None) -> None:
+        model, stored = model or self.model, read_weights(resume_from_checkpoint)
+        misfits = misfitting(stored, model.state_dict())
+        if misfits:
+            then, now = CLIPConfig.from_pretrained(resume_from_checkpoint).to_dict(), model.config.to_dict()
+            flags = [field.name for field in fields(CLIPModelArguments) if field.name in now]
+            changed = [f"{flag} was {then[flag]}, now {now[flag]}" for flag in flags if then[flag] != now[flag]]
+            raise CheckpointError(f"{resume_from_checkpoint} is of another run: {', '.join(changed) or misfits}; go on "
+                                  "with the flags of that run, or start anew in another --output_dir")  # fmt: skip
+        model.load_state_dict(stored)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

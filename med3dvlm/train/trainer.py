@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from med3dvlm.data.augment import to_unit
-from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
+from med3dvlm.model.weights import CheckpointError, misfitting, read_tensors, write_tensors
 from med3dvlm.train.arguments import COMPLETE, FlagError, StageTrainingArguments, complete_checkpoints
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -143,14 +143,13 @@ class TrainedOnlyTrainer(StageTrainer):
         write_tensors({key: state_dict[key] for key in keys}, Path(output_dir or self.args.output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = model or self.model
         file = Path(resume_from_checkpoint) / TRAINED
-        stored, expected = read_tensors(file), set(trained_keys(self.model))
-        if stored.keys() != expected:
-            raise CheckpointError(
-                f"{file} is of another run: missing {sorted(expected - stored.keys())}, "
-                f"unexpected {sorted(stored.keys() - expected)}"
-            )
-        (model or self.model).load_state_dict(stored, strict=False)
+        stored, state = read_tensors(file), model.state_dict()
+        misfits = misfitting(stored, {key: state[key] for key in trained_keys(model)})
+        if misfits:
+            raise CheckpointError(f"{file} is of another run: {misfits}")
+        model.load_state_dict(stored, strict=False)
 
 
 def require_batch(count: int, args: StageTrainingArguments) -> None:

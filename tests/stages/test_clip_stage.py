@@ -115,6 +115,26 @@ def test_a_named_checkpoint_is_continued_from(stages, run, tmp_path):
     assert losses(tmp_path) == losses(run)
 
 
+@pytest.mark.parametrize(("flags", "change"), [
+    (["--loss_type", "nce"], "loss_type was sigmoid, now nce"),
+    (["--vision_variant", "naive"], "vision_variant was nano, now naive"),
+    (["--hidden_size", 16], "hidden_size was 32, now 16"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused(stages, run, tmp_path, flags, change):
+    checkpoint = run / "checkpoint-2"
+    with pytest.raises(CheckpointError, match=rf"^{checkpoint} is of another run: {change}; go on with the flags"):
+        stages.clip(tmp_path, *flags, "--resume_from_checkpoint", checkpoint)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(stages, run, tmp_path):
+    checkpoint = copy_run(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    weights = read_tensors(checkpoint / "model.safetensors")
+    del weights["bias"]
+    write_tensors(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^{checkpoint} is of another run: missing: bias;"):
+        stages.clip(tmp_path / "run", "--resume_from_checkpoint", checkpoint)
+
+
 def test_older_checkpoints_go_only_when_the_new_one_is_complete(stages, tmp_path, monkeypatch):
     """A run that dies while it writes or removes a checkpoint leaves one that it can continue from."""
     from med3dvlm.train import trainer

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -238,8 +239,14 @@ def test_an_incomplete_checkpoint_is_not_continued_from(stages, untied, tmp_path
 
 def test_a_checkpoint_of_another_stage_is_refused(stages, untied, tmp_path):
     stages.vlm(tmp_path, *untied, *PROJECTOR)
-    with pytest.raises(CheckpointError, match="trained.safetensors is of another run: missing .*lora_A"):
+    with pytest.raises(CheckpointError, match="trained.safetensors is of another run: missing: .*lora_A"):
         stages.vlm(tmp_path, *untied, *LORA, "--max_steps", 4, "--resume_from_checkpoint", "auto")
+
+
+def test_a_checkpoint_of_adapters_of_another_rank_is_refused(stages, untied, tmp_path):
+    stages.vlm(tmp_path, *untied, *LORA, "--max_steps", 1)
+    with pytest.raises(CheckpointError, match=r"trained.safetensors is of another run: wrong shape: .*lora_A"):
+        stages.vlm(tmp_path, *untied, *LORA, "--lora_r", 2, "--resume_from_checkpoint", "auto")
 
 
 # ---------------------------------------------------------------- projectors, models, data
@@ -310,6 +317,18 @@ def test_an_encoder_of_another_variant_is_refused(stages, untied, tmp_path):
 def test_a_question_that_leaves_no_room_is_named(stages, untied, tmp_path):
     with pytest.raises(SampleError, match=r"row .*leaves no room for an answer in a sequence of 8"):
         stages.vlm(tmp_path, *untied, *PROJECTOR, "--model_max_length", 8)
+
+
+def test_a_report_with_the_image_token_is_named_or_skipped(stages, untied, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(stages.data / "M3D_Cap_npy", root / "M3D_Cap_npy")
+    row = json.loads((root / "M3D_Cap_npy/M3D_Cap.json").read_text())["train"][4]
+    (root / row["text"]).write_text("A finding <im_patch> of the liver.")
+    flags = [*untied, *PROJECTOR, *stages.data_flags(root), "--num_train_epochs", 1, "--max_steps", -1,
+             "--per_device_train_batch_size", 55]  # fmt: skip
+    with pytest.raises(SampleError, match=r"M3D_Cap.json, row train\[4\]: its answer holds <im_patch>, .*: remove it"):
+        stages.vlm(tmp_path / "run", *flags)
+    assert stages.vlm(tmp_path / "run", *flags, "--max_bad_samples", 1)["bad_samples"] == 1
 
 
 def test_no_samples_at_all_are_named(stages, tmp_path):
