@@ -9,11 +9,12 @@ the image encoder for the next stages, into `--output_dir`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -21,6 +22,8 @@ from med3dvlm.configuration import CLIPConfig
 from med3dvlm.data.collate import collate_pairs
 from med3dvlm.data.datasets import PairDataset
 from med3dvlm.data.manifest import read_caption_manifest
+from med3dvlm.data.presets import PreprocessConfig
+from med3dvlm.data.profile import DataProfile
 from med3dvlm.model.checkpoint import save_vision_encoder
 from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.fused.choice import set_fused
@@ -67,11 +70,23 @@ def build_model(args: CLIPModelArguments) -> CLIPModel:
     )
 
 
-class ContrastiveTrainer(StageTrainer):
-    """As `StageTrainer`; the text encoder may learn at a rate of its own."""
+def begin_model(folder: Path, tokenizer, preprocess: PreprocessConfig, profile: DataProfile) -> None:
+    """Write what stands beside the weights of a dual encoder; its `save_pretrained` then makes the folder whole."""
+    begin_folder(folder)
+    tokenizer.save_pretrained(folder)
+    save_preprocess(folder, preprocess, profile)
 
-    def __init__(self, model: CLIPModel, *args):
+
+class ContrastiveTrainer(StageTrainer):
+    """As `StageTrainer`; the text encoder may learn at a rate of its own.
+
+    Args:
+        begin: `begin_model` of this run, for a folder: every checkpoint is a model to be evaluated.
+    """
+
+    def __init__(self, model: CLIPModel, begin: Callable[[Path], None], *args):
         super().__init__(model, *args)
+        self.begin = begin
         for parameter in model.parameters():
             if parameter.ndim == 0:
                 # DeepSpeed can't broadcast single numbers and skips what has this mark; all ranks start from the same.
@@ -87,6 +102,10 @@ class ContrastiveTrainer(StageTrainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in text]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.begin(Path(output_dir or self.args.output_dir))
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: CLIPModel | None = None) -> None:
         model, stored = model or self.model, read_weights(resume_from_checkpoint)
@@ -143,15 +162,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     logger.info("%d image-report pairs", len(dataset))
     collate = partial(collate_pairs, tokenizer=tokenizer)
-    trainer = ContrastiveTrainer(model, training_args, dataset, collate, augmentation)
+    begin = partial(begin_model, tokenizer=tokenizer, preprocess=preprocess, profile=profile)
+    trainer = ContrastiveTrainer(model, begin, training_args, dataset, collate, augmentation)
     metrics = trainer.run()
 
     output = Path(training_args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if training_args.should_save:
-        begin_folder(output)
-        tokenizer.save_pretrained(output)
-        save_preprocess(output, preprocess, profile)
+        begin(output)
     save_vision_encoder(model, output / "pretrained_ViT.bin")
     model.save_pretrained(output, is_main_process=training_args.should_save)  # last: see begin_folder
     return metrics

@@ -62,6 +62,12 @@ def test_the_trained_model_can_be_evaluated(run):
     assert features.shape == (2, 32) and torch.allclose(features.norm(dim=1), torch.ones(2))
 
 
+def test_a_checkpoint_is_a_model_with_the_preprocessing_of_its_run(run):
+    found, expected = (load_clip(folder, device="cpu") for folder in (run / "checkpoint-2", run))
+    assert (found.preprocess, found.training_data) == (expected.preprocess, expected.training_data)
+    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize("stopped_at", ["save_preprocess", "save_vision_encoder", "CLIPModel.save_pretrained"])
 def test_an_interrupted_end_leaves_no_model_that_loads(stages, run, tmp_path, monkeypatch, stopped_at):
     """Neither in a new folder nor over the model of an older run."""

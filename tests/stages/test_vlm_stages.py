@@ -125,15 +125,15 @@ def test_lora_stage_saves_everything_that_trained(lora, projector, start, base):
     assert len(adapters) == 2 * 7 and all(tensors[key].abs().max() > 0 for key in adapters)
 
 
-def test_an_interrupted_end_over_an_older_run_is_not_merged(stages, lora, tmp_path, monkeypatch):
+def test_an_interrupted_end_over_an_older_run_is_not_merged(stages, lora, tmp_path):
     """Else its weights would be taken with the adapters' settings and the preprocessing of the older run."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     folder = copy_run(lora[0], tmp_path / "lora")
-    monkeypatch.setattr(vlm.VLMProcessor, "save_pretrained", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vlm.VLMProcessor, "save_pretrained", interrupted)
         stages.vlm(folder, *LORA, "--max_steps", 1, "--save_strategy", "no")
     with pytest.raises(CheckpointError, match="found no base_model.json"):
         merge.main(["--model_with_lora", str(folder), "--output_dir", str(tmp_path / "model")])
