@@ -115,8 +115,17 @@ class QuestionDataset(ImageTextDataset):
         """question (without image tokens), answer, question_type and answer_choice of an item."""
         raise NotImplementedError
 
-    def load_text(self, index: int) -> dict:
+    def checked_question(self, index: int) -> dict:
+        """As `question`. Raises SampleError where a text holds the token that stands for the image."""
         asked = self.question(index)
+        for part in ("question", "answer"):
+            if self.processor.image_token in asked[part]:
+                raise SampleError(f"{self.records[index].where}: its {part} holds {self.processor.image_token}, "
+                                  "which stands for the scan: remove it")  # fmt: skip
+        return asked
+
+    def load_text(self, index: int) -> dict:
+        asked = self.checked_question(index)
         prompt = self.processor.prompt(asked["question"], self.kind)
         return {
             **_encoded(self.records[index], self.processor.encode, prompt, asked["answer"], self.max_length),
@@ -219,7 +228,7 @@ class GroupedQADataset(ImageTextDataset):
     def load_text(self, index: int) -> dict:
         group = self.groups[index]
         drawn = self.random(index).sample(group, min(self.questions_per_image, len(group)))
-        asked = [(dataset.kind, dataset.question(number)) for dataset, number in drawn]
+        asked = [(dataset.kind, dataset.checked_question(number)) for dataset, number in drawn]
         # The image comes before the first question only.
         prompts = [(self.processor.turn if i else self.processor.prompt)(q["question"], kind)
                    for i, (kind, q) in enumerate(asked)]  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config
 
 from med3dvlm.configuration import CLIPConfig, VLMConfig
-from med3dvlm.model.published import TEXT_ENCODER_PREFIX, text_config_of
+from med3dvlm.model.published import TEXT_ENCODER_PREFIX, begin_folder, text_config_of
 from med3dvlm.model.weights import (
     WEIGHT_FILES,
     CheckpointError,
@@ -226,7 +226,7 @@ def extract(path: str | Path, part: str, output: str | Path | None = None) -> Pa
         write_tensors(tensors, target)
         return target
     config = _language_model_config(folder, stored)
-    target.mkdir(parents=True, exist_ok=True)
+    begin_folder(target)
     write_weights(tensors, target)
     for name in COMPANIONS:
         if (folder / name).is_file():

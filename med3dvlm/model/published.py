@@ -153,6 +153,8 @@ class PublishedLayout:
     ) -> None:
         """Write config and weights (safetensors) so that an interrupted write leaves no loadable folder.
 
+        What else belongs into the folder is to be written before, after `begin_folder`.
+
         Args:
             state_dict: gathered weights to write instead of the model's own.
             safe_serialization, push_to_hub: for callers that name them; no other value is possible.
@@ -167,18 +169,25 @@ class PublishedLayout:
         if not is_main_process:
             return
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        begin_folder(folder)
         if _is_tied(self.config):
             state.pop("lm_head.weight", None)
         self.config.architectures = [self.published_architecture]
         self.config.dtype = main_dtype(state.values())
-        # config.json goes first and comes last: a folder without it isn't accepted.
-        (folder / "config.json").unlink(missing_ok=True)
         write_weights(state, folder, max_shard_size)
         if self.can_generate():
             write_json(self.generation_config.to_diff_dict(), folder / "generation_config.json")
         with written_atomically(folder / "config.json") as temporary:
             self.config.to_json_file(temporary)
+
+
+def begin_folder(folder: Path, last: str = "config.json") -> None:
+    """Make a folder to write a model into, without the file that is written `last`.
+
+    No stage accepts the folder without that file: neither half of it, nor what is new beside what was there before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / last).unlink(missing_ok=True)
 
 
 def local_folder(name_or_path: str | Path, **hub: Any) -> Path:

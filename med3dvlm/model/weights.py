@@ -5,6 +5,7 @@ A full checkpoint holds its weights in `model.safetensors`, in shards named by `
 by their ending. Files appear under their name only when they are complete.
 """
 
+import glob
 import json
 import os
 import pickle
@@ -48,12 +49,20 @@ def checkpoint_errors(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, moved onto it only if the block succeeds."""
+    """A temporary path in the folder of `path`, moved onto it only if the block succeeds.
+
+    The file is as readable as any other that is made there. What a killed writer of it has left goes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a private file in its place
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -177,6 +186,21 @@ def write_json(value: Any, path: Path) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def misfitting(tensors: dict[str, Tensor], wanted: dict[str, Tensor], optional: Iterable[str] = ()) -> str:
+    """Every missing, unexpected and wrongly shaped key of `tensors`, as a text; "" where they are the wanted ones."""
+    expected = {key: list(tensor.shape) for key, tensor in wanted.items()}
+    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    missing = [key for key in expected if key not in found and key not in set(optional)]
+    unexpected = [key for key in found if key not in expected]
+    misshaped = [
+        f"{key} (expected {expected[key]}, found {shape})"
+        for key, shape in found.items()
+        if key in expected and expected[key] != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
+    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+
+
 def load_strict(
     module: nn.Module, tensors: dict[str, Tensor], source: str, optional: Iterable[str] = (), assign: bool = False
 ) -> None:
@@ -189,19 +213,9 @@ def load_strict(
     Raises:
         CheckpointError: names every missing, unexpected and wrongly shaped key.
     """
-    expected = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = {key: list(tensor.shape) for key, tensor in tensors.items()}
-    missing = [key for key in expected if key not in found and key not in set(optional)]
-    unexpected = [key for key in found if key not in expected]
-    misshaped = [
-        f"{key} (expected {expected[key]}, found {shape})"
-        for key, shape in found.items()
-        if key in expected and expected[key] != shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
-    if any(problems.values()):
-        lines = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"{source} doesn't fit {type(module).__name__}: {lines}")
+    misfits = misfitting(tensors, module.state_dict(), optional)
+    if misfits:
+        raise CheckpointError(f"{source} doesn't fit {type(module).__name__}: {misfits}")
     module.load_state_dict(tensors, strict=False, assign=assign)
 
 

@@ -9,20 +9,26 @@ the image encoder for the next stages, into `--output_dir`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from med3dvlm.configuration import CLIPConfig
 from med3dvlm.data.collate import collate_pairs
 from med3dvlm.data.datasets import PairDataset
 from med3dvlm.data.manifest import read_caption_manifest
+from med3dvlm.data.presets import PreprocessConfig
+from med3dvlm.data.profile import DataProfile
 from med3dvlm.model.checkpoint import save_vision_encoder
 from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.fused.choice import set_fused
+from med3dvlm.model.published import begin_folder
+from med3dvlm.model.weights import CheckpointError, misfitting, read_weights
 from med3dvlm.processing import load_preprocess, load_tokenizer, save_preprocess
 from med3dvlm.train.arguments import (
     CLIPModelArguments,
@@ -33,7 +39,13 @@ from med3dvlm.train.arguments import (
     parse_stage,
     run,
 )
-from med3dvlm.train.data import choose_augmentation, open_images, preparation_of, tell_about_preparation
+from med3dvlm.train.data import (
+    choose_augmentation,
+    open_images,
+    preparation_of,
+    require_samples,
+    tell_about_preparation,
+)
 from med3dvlm.train.trainer import StageTrainer, log_to_console
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -58,11 +70,23 @@ def build_model(args: CLIPModelArguments) -> CLIPModel:
     )
 
 
-class ContrastiveTrainer(StageTrainer):
-    """As `StageTrainer`; the text encoder may learn at a rate of its own."""
+def begin_model(folder: Path, tokenizer, preprocess: PreprocessConfig, profile: DataProfile) -> None:
+    """Write what stands beside the weights of a dual encoder; its `save_pretrained` then makes the folder whole."""
+    begin_folder(folder)
+    tokenizer.save_pretrained(folder)
+    save_preprocess(folder, preprocess, profile)
 
-    def __init__(self, model: CLIPModel, *args):
+
+class ContrastiveTrainer(StageTrainer):
+    """As `StageTrainer`; the text encoder may learn at a rate of its own.
+
+    Args:
+        begin: `begin_model` of this run, for a folder: every checkpoint is a model to be evaluated.
+    """
+
+    def __init__(self, model: CLIPModel, begin: Callable[[Path], None], *args):
         super().__init__(model, *args)
+        self.begin = begin
         for parameter in model.parameters():
             if parameter.ndim == 0:
                 # DeepSpeed can't broadcast single numbers and skips what has this mark; all ranks start from the same.
@@ -78,6 +102,21 @@ class ContrastiveTrainer(StageTrainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in text]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.begin(Path(output_dir or self.args.output_dir))
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: CLIPModel | None = None) -> None:
+        model, stored = model or self.model, read_weights(resume_from_checkpoint)
+        misfits = misfitting(stored, model.state_dict())
+        if misfits:
+            then, now = CLIPConfig.from_pretrained(resume_from_checkpoint).to_dict(), model.config.to_dict()
+            flags = [field.name for field in fields(CLIPModelArguments) if field.name in now]
+            changed = [f"{flag} was {then[flag]}, now {now[flag]}" for flag in flags if then[flag] != now[flag]]
+            raise CheckpointError(f"{resume_from_checkpoint} is of another run: {', '.join(changed) or misfits}; go on "
+                                  "with the flags of that run, or start anew in another --output_dir")  # fmt: skip
+        model.load_state_dict(stored)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -97,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
 
     records = read_caption_manifest(data_args.cap_data_path, data_args.data_root, "train", data_args.check_files)
+    require_samples(records, f"{data_args.cap_data_path} (train)")
     preprocess, profile = preparation_of(records, data_args)
     start = model_args.pretrained_model or model_args.language_model_name_or_path
     with checked_flags(f"a dual encoder from {start}"):
@@ -122,16 +162,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     logger.info("%d image-report pairs", len(dataset))
     collate = partial(collate_pairs, tokenizer=tokenizer)
-    trainer = ContrastiveTrainer(model, training_args, dataset, collate, augmentation)
+    begin = partial(begin_model, tokenizer=tokenizer, preprocess=preprocess, profile=profile)
+    trainer = ContrastiveTrainer(model, begin, training_args, dataset, collate, augmentation)
     metrics = trainer.run()
 
     output = Path(training_args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(output, is_main_process=training_args.should_save)
-    save_vision_encoder(model, output / "pretrained_ViT.bin")
     if training_args.should_save:
-        tokenizer.save_pretrained(output)
-        save_preprocess(output, preprocess, profile)
+        begin(output)
+    save_vision_encoder(model, output / "pretrained_ViT.bin")
+    model.save_pretrained(output, is_main_process=training_args.should_save)  # last: see begin_folder
     return metrics
 
 

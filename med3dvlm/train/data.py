@@ -20,6 +20,12 @@ logger = logging.getLogger("med3dvlm.train")
 Record = CaptionRecord | VQARecord
 
 
+def require_samples(records: Sequence[Record], *sources: str) -> None:
+    """Raise ManifestError where the manifests and tables that `sources` name hold nothing to train on."""
+    if not records:
+        raise ManifestError(f"{', '.join(sources)}: no rows to train on")
+
+
 def preparation_of(records: Sequence[Record], data_args: DataArguments) -> tuple[PreprocessConfig, DataProfile]:
     """The pipeline and the profile that the data were prepared with, from the nearest `preparation.json` between the
     first image and the data root. Without one: the published pipeline, and nothing known of the data.

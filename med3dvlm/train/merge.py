@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from med3dvlm.configuration import VLMConfig
 from med3dvlm.model.checkpoint import load_lora, save_vision_tower
 from med3dvlm.model.identity import check_identity, read_identity
+from med3dvlm.model.published import begin_folder
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError
 from med3dvlm.processing import VLMProcessor
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     merged = adapted.merge_and_unload()
 
     output = Path(args.output_dir)
+    begin_folder(output)
     save_vision_tower(merged, output / "vision_tower.bin")
     processor.save_pretrained(output)
     merged.save_pretrained(output)  # last: the folder is complete only with its config.json

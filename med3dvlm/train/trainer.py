@@ -17,8 +17,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from med3dvlm.data.augment import to_unit
-from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
-from med3dvlm.train.arguments import COMPLETE, StageTrainingArguments, complete_checkpoints
+from med3dvlm.model.weights import CheckpointError, misfitting, read_tensors, write_tensors
+from med3dvlm.train.arguments import COMPLETE, FlagError, StageTrainingArguments, complete_checkpoints
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
@@ -93,11 +93,14 @@ class StageTrainer(Trainer):
     Args:
         train_dataset: has `set_epoch`, `bad_samples` and, where batches of like lengths pay, `lengths` and `epoch`.
         augmentation: of images whose batch has image_seeds, a name in `med3dvlm.data.augment.AUGMENTATIONS`.
+    Raises:
+        FlagError: see `require_batch`.
     """
 
     def __init__(
         self, model: nn.Module, args: StageTrainingArguments, train_dataset, data_collator, augmentation: str = "none"
     ):
+        require_batch(len(train_dataset), args)
         callbacks = [CheckpointCallback(train_dataset, args.save_total_limit)]
         args.save_total_limit = None  # the Trainer would remove the old checkpoint before the new one is complete
         super().__init__(model, args, data_collator, train_dataset, callbacks=callbacks)
@@ -140,14 +143,25 @@ class TrainedOnlyTrainer(StageTrainer):
         write_tensors({key: state_dict[key] for key in keys}, Path(output_dir or self.args.output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = model or self.model
         file = Path(resume_from_checkpoint) / TRAINED
-        stored, expected = read_tensors(file), set(trained_keys(self.model))
-        if stored.keys() != expected:
-            raise CheckpointError(
-                f"{file} is of another run: missing {sorted(expected - stored.keys())}, "
-                f"unexpected {sorted(stored.keys() - expected)}"
-            )
-        (model or self.model).load_state_dict(stored, strict=False)
+        stored, state = read_tensors(file), model.state_dict()
+        misfits = misfitting(stored, {key: state[key] for key in trained_keys(model)})
+        if misfits:
+            raise CheckpointError(f"{file} is of another run: {misfits}")
+        model.load_state_dict(stored, strict=False)
+
+
+def require_batch(count: int, args: StageTrainingArguments) -> None:
+    """Raise FlagError where `count` samples make no full batch and only full ones are trained on: none would be.
+
+    Every process drops what is left of its share; an accumulated gradient may be of fewer batches than asked for.
+    """
+    batch, processes = args.train_batch_size, args.world_size
+    if args.dataloader_drop_last and count < batch * processes:
+        times = f" (x {processes} processes)" if processes > 1 else ""
+        raise FlagError(f"{count} samples are fewer than a batch: {batch}{times}, so that nothing would be trained; "
+                        "lower --per_device_train_batch_size")  # fmt: skip
 
 
 def trained_keys(model: nn.Module) -> list[str]:

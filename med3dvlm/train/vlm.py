@@ -33,7 +33,8 @@ from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.model.checkpoint import load_projector, load_vision_encoder, save_lora, save_projector
 from med3dvlm.model.encoder import build_vision_encoder
 from med3dvlm.model.fused.choice import set_fused
-from med3dvlm.model.identity import base_identity, write_identity
+from med3dvlm.model.identity import IDENTITY_FILE, base_identity, write_identity
+from med3dvlm.model.published import begin_folder
 from med3dvlm.model.vlm import VLMForCausalLM, lora_target_modules
 from med3dvlm.processing import VLMProcessor, load_tokenizer
 from med3dvlm.train.arguments import (
@@ -45,7 +46,13 @@ from med3dvlm.train.arguments import (
     parse_stage,
     run,
 )
-from med3dvlm.train.data import choose_augmentation, open_images, preparation_of, tell_about_preparation
+from med3dvlm.train.data import (
+    choose_augmentation,
+    open_images,
+    preparation_of,
+    require_samples,
+    tell_about_preparation,
+)
 from med3dvlm.train.trainer import MixedDataset, TrainedOnlyTrainer, log_to_console, whole_models
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -146,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     records = read_records(data_args, yes_no=stage == "lora")
     rows = [record for kind in records.values() for record in kind]
+    require_samples(rows, f"{data_args.cap_data_path} (train)", data_args.vqa_data_train_path)
     preprocess, profile = preparation_of(rows, data_args)
     with whole_models(training_args), checked_flags(f"a model from {model_args.model_name_or_path}"):
         model, processor = build_model(model_args, stage, preprocess)
@@ -174,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     output = Path(training_args.output_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model)
+    if training_args.should_save:
+        begin_folder(output, IDENTITY_FILE)
     if stage == "lora":
         save_lora(trained, output / "model_with_lora.bin")
     else:
@@ -184,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processor.save_pretrained(output)
         if stage == "lora":
             trained.peft_config["default"].save_pretrained(output)
-        write_identity(identity, output)
+        write_identity(identity, output)  # last: see begin_folder
     return metrics
 
 

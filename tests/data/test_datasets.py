@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -281,6 +283,21 @@ def test_grouped_question_that_does_not_fit_is_named(root):
     dataset = grouped(root, golden_processor(), length=12)
     with pytest.raises(SampleError, match=r"row train\[0\]: the question has .* in a sequence of 12"):
         dataset[0]
+
+
+@pytest.mark.parametrize("part", ["question", "answer"])
+def test_a_text_with_the_image_token_is_named(root, part):
+    """Also where its question is asked among others about the image: the row is that of the text."""
+    processor, table = golden_processor(), questions(root, "train")[:3]
+    row = replace(table[0], **{part: "Which <im_patch> is shown?"})
+    dataset = VQADataset([row], processor, 128, "open")
+    message = rf"{re.escape(row.where)}: its {part} holds <im_patch>, which stands for the scan: remove it"
+    with pytest.raises(SampleError, match=message):
+        dataset[0]
+    reports = CaptionDataset(captions(root, "train")[:1], processor, 128)
+    assert reports.records[0].image == row.image
+    with pytest.raises(SampleError, match=message):
+        GroupedQADataset([reports, dataset], 128)[0]
 
 
 def test_a_missing_report_has_length_0_where_bad_samples_are_allowed(tiny):

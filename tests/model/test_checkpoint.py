@@ -1,6 +1,7 @@
 """The published layout: strict, bit-exact, by its own dtypes; and the files that go between the stages."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -324,6 +325,37 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
         VLMForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
     with pytest.raises(CheckpointError, match="no config.json"):
         VLMForCausalLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_a_weight_file_is_as_readable_as_others(tmp_path, ending, mask):
+    before = os.umask(mask)
+    try:
+        write_tensors({"x": torch.zeros(3)}, tmp_path / f"x.{ending}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / f"x.{ending}").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    for name in (".x.bin.12345.tmp", ".other.bin.12345.tmp"):
+        (tmp_path / name).write_bytes(b"half of it")
+    write_tensors({"x": torch.zeros(3)}, tmp_path / "x.bin")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.bin.12345.tmp", "x.bin"]
+
+
+def test_an_interrupted_extraction_over_an_older_one_is_refused(tmp_path, monkeypatch):
+    write_tiny_vlm(tmp_path)
+    target = checkpoint.extract(tmp_path, "language_model")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.extract(tmp_path, "language_model")
+    assert not (target / "config.json").exists()
 
 
 def test_parameters_on_meta_keeps_buffers():

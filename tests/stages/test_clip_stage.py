@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from med3dvlm.data.volume import VolumeError
 from med3dvlm.inference import load_clip
 from med3dvlm.model.checkpoint import load_vision_encoder
 from med3dvlm.model.clip import CLIPModel
-from med3dvlm.model.weights import read_tensors, write_tensors
+from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
 from med3dvlm.processing import load_tokenizer
+from med3dvlm.train.arguments import FlagError
+from med3dvlm.train.trainer import require_batch
 from tests.helpers.tiny_stages import TRAINING_CASES, copy_run, damaged_data, different, interrupt, losses
 
 # Two steps are an epoch (10 cases, batches of 4, the rest dropped).
@@ -59,6 +62,28 @@ def test_the_trained_model_can_be_evaluated(run):
     assert features.shape == (2, 32) and torch.allclose(features.norm(dim=1), torch.ones(2))
 
 
+def test_a_checkpoint_is_a_model_with_the_preprocessing_of_its_run(run):
+    found, expected = (load_clip(folder, device="cpu") for folder in (run / "checkpoint-2", run))
+    assert (found.preprocess, found.training_data) == (expected.preprocess, expected.training_data)
+    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("stopped_at", ["save_preprocess", "save_vision_encoder", "CLIPModel.save_pretrained"])
+def test_an_interrupted_end_leaves_no_model_that_loads(stages, run, tmp_path, monkeypatch, stopped_at):
+    """Neither in a new folder nor over the model of an older run."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    older = copy_run(run, tmp_path / "older")
+    monkeypatch.setattr(f"med3dvlm.train.clip.{stopped_at}", interrupted)
+    for folder in (older, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            stages.clip(folder, "--save_strategy", "no", "--max_steps", 1)
+        with pytest.raises(CheckpointError, match="no config.json"):
+            load_clip(folder, device="cpu")
+
+
 def test_everything_trains_and_text_weights_start_from_the_named_encoder(stages, run, tmp_path):
     stages.clip(tmp_path / "start", "--max_steps", 1, "--learning_rate", 0)
     started, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", run))
@@ -94,6 +119,26 @@ def test_an_incomplete_checkpoint_is_not_continued_from(stages, run, tmp_path, c
 def test_a_named_checkpoint_is_continued_from(stages, run, tmp_path):
     stages.clip(tmp_path, *STEPS, "--save_strategy", "no", "--resume_from_checkpoint", run / "checkpoint-2")
     assert losses(tmp_path) == losses(run)
+
+
+@pytest.mark.parametrize(("flags", "change"), [
+    (["--loss_type", "nce"], "loss_type was sigmoid, now nce"),
+    (["--vision_variant", "naive"], "vision_variant was nano, now naive"),
+    (["--hidden_size", 16], "hidden_size was 32, now 16"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused(stages, run, tmp_path, flags, change):
+    checkpoint = run / "checkpoint-2"
+    with pytest.raises(CheckpointError, match=rf"^{checkpoint} is of another run: {change}; go on with the flags"):
+        stages.clip(tmp_path, *flags, "--resume_from_checkpoint", checkpoint)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(stages, run, tmp_path):
+    checkpoint = copy_run(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    weights = read_tensors(checkpoint / "model.safetensors")
+    del weights["bias"]
+    write_tensors(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^{checkpoint} is of another run: missing: bias;"):
+        stages.clip(tmp_path / "run", "--resume_from_checkpoint", checkpoint)
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_complete(stages, tmp_path, monkeypatch):
@@ -142,6 +187,37 @@ def test_other_losses_and_encoders_train(stages, tmp_path, flags):
     model = CLIPModel.from_pretrained(tmp_path)
     assert hasattr(model, "logit_scale") == ("nce" in flags)
     load_vision_encoder(model, tmp_path / "pretrained_ViT.bin")
+
+
+@pytest.mark.parametrize("length", [["--max_steps", 2], ["--max_steps", -1, "--num_train_epochs", 2]])
+def test_fewer_pairs_than_a_batch_are_refused(stages, tmp_path, length):
+    with pytest.raises(
+        FlagError, match="^10 samples are fewer than a batch: 64, .*lower --per_device_train_batch_size$"
+    ):
+        stages.clip(tmp_path, "--per_device_train_batch_size", 64, *length)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_batch_is_needed_on_every_process():
+    """Only full batches count; accumulating gradients asks for no more of them."""
+    args = SimpleNamespace(train_batch_size=5, world_size=2, dataloader_drop_last=True, gradient_accumulation_steps=4)
+    require_batch(10, args)
+    with pytest.raises(FlagError, match=r"^9 samples are fewer than a batch: 5 \(x 2 processes\)"):
+        require_batch(9, args)
+    args.dataloader_drop_last = False
+    require_batch(1, args)
+
+
+def test_accumulation_over_more_batches_than_there_are_trains(stages, tmp_path):
+    stages.clip(tmp_path, "--gradient_accumulation_steps", 9)
+    assert all(loss > 0 for loss in losses(tmp_path)) and len(losses(tmp_path)) == 2
+
+
+def test_no_pairs_at_all_are_named(stages, tmp_path):
+    manifest = json.loads((stages.data / "M3D_Cap_npy/M3D_Cap.json").read_text()) | {"train": []}
+    (tmp_path / "empty.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=r"empty.json \(train\): no rows to train on$"):
+        stages.clip(tmp_path / "run", "--cap_data_path", tmp_path / "empty.json")
 
 
 def test_a_missing_file_is_named_before_training(stages, tmp_path):

@@ -98,6 +98,20 @@ def test_safetensors_of_the_lora_stage_are_read(lora, merged, tmp_path):
     assert not different(read_weights(tmp_path / "model"), read_weights(merged))
 
 
+@pytest.mark.parametrize("stopped_at", ["save_vision_tower", "VLMProcessor.save_pretrained",
+                                        "VLMForCausalLM.save_pretrained"])  # fmt: skip
+def test_an_interrupted_merge_over_an_older_one_is_refused(lora, merged, tmp_path, monkeypatch, stopped_at):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    folder = shutil.copytree(merged, tmp_path / "model")
+    monkeypatch.setattr(f"med3dvlm.train.merge.{stopped_at}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge.main(["--model_with_lora", str(lora), "--output_dir", str(folder)])
+    with pytest.raises(CheckpointError, match="no config.json"):
+        load_model(folder, device="cpu")
+
+
 # ---------------------------------------------------------------- the base model
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError, read_tensors, read_weights, write_tensors
-from med3dvlm.train import vlm
+from med3dvlm.train import merge, vlm
 from tests.helpers.tiny_model import write_tiny_vlm
 from tests.helpers.tiny_stages import LORA, PROJECTOR, copy_run, damaged_data, different, interrupt, losses
 
@@ -124,6 +125,20 @@ def test_lora_stage_saves_everything_that_trained(lora, projector, start, base):
     assert len(adapters) == 2 * 7 and all(tensors[key].abs().max() > 0 for key in adapters)
 
 
+def test_an_interrupted_end_over_an_older_run_is_not_merged(stages, lora, tmp_path):
+    """Else its weights would be taken with the adapters' settings and the preprocessing of the older run."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    folder = copy_run(lora[0], tmp_path / "lora")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vlm.VLMProcessor, "save_pretrained", interrupted)
+        stages.vlm(folder, *LORA, "--max_steps", 1, "--save_strategy", "no")
+    with pytest.raises(CheckpointError, match="found no base_model.json"):
+        merge.main(["--model_with_lora", str(folder), "--output_dir", str(tmp_path / "model")])
+
+
 def without_training(stages, folder, *flags):
     """The tensors that a LoRA stage starts from: one step at a learning rate of 0."""
     stages.vlm(folder, *LORA, *flags, "--learning_rate", 0, "--max_steps", 1)
@@ -224,8 +239,14 @@ def test_an_incomplete_checkpoint_is_not_continued_from(stages, untied, tmp_path
 
 def test_a_checkpoint_of_another_stage_is_refused(stages, untied, tmp_path):
     stages.vlm(tmp_path, *untied, *PROJECTOR)
-    with pytest.raises(CheckpointError, match="trained.safetensors is of another run: missing .*lora_A"):
+    with pytest.raises(CheckpointError, match="trained.safetensors is of another run: missing: .*lora_A"):
         stages.vlm(tmp_path, *untied, *LORA, "--max_steps", 4, "--resume_from_checkpoint", "auto")
+
+
+def test_a_checkpoint_of_adapters_of_another_rank_is_refused(stages, untied, tmp_path):
+    stages.vlm(tmp_path, *untied, *LORA, "--max_steps", 1)
+    with pytest.raises(CheckpointError, match=r"trained.safetensors is of another run: wrong shape: .*lora_A"):
+        stages.vlm(tmp_path, *untied, *LORA, "--lora_r", 2, "--resume_from_checkpoint", "auto")
 
 
 # ---------------------------------------------------------------- projectors, models, data
@@ -296,6 +317,29 @@ def test_an_encoder_of_another_variant_is_refused(stages, untied, tmp_path):
 def test_a_question_that_leaves_no_room_is_named(stages, untied, tmp_path):
     with pytest.raises(SampleError, match=r"row .*leaves no room for an answer in a sequence of 8"):
         stages.vlm(tmp_path, *untied, *PROJECTOR, "--model_max_length", 8)
+
+
+def test_a_report_with_the_image_token_is_named_or_skipped(stages, untied, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(stages.data / "M3D_Cap_npy", root / "M3D_Cap_npy")
+    row = json.loads((root / "M3D_Cap_npy/M3D_Cap.json").read_text())["train"][4]
+    (root / row["text"]).write_text("A finding <im_patch> of the liver.")
+    flags = [*untied, *PROJECTOR, *stages.data_flags(root), "--num_train_epochs", 1, "--max_steps", -1,
+             "--per_device_train_batch_size", 55]  # fmt: skip
+    with pytest.raises(SampleError, match=r"M3D_Cap.json, row train\[4\]: its answer holds <im_patch>, .*: remove it"):
+        stages.vlm(tmp_path / "run", *flags)
+    assert stages.vlm(tmp_path / "run", *flags, "--max_bad_samples", 1)["bad_samples"] == 1
+
+
+def test_no_samples_at_all_are_named(stages, tmp_path):
+    manifest = json.loads((stages.data / "M3D_Cap_npy/M3D_Cap.json").read_text()) | {"train": []}
+    (tmp_path / "empty.json").write_text(json.dumps(manifest))
+    flags = [*PROJECTOR, "--cap_data_path", tmp_path / "empty.json", "--max_steps", 1]
+    stages.vlm(tmp_path / "questions alone", *flags)
+    table = (stages.data / "M3D-VQA/M3D_VQA_train.csv").read_text()
+    (tmp_path / "empty.csv").write_text(table.splitlines()[0] + "\n")
+    with pytest.raises(ManifestError, match=r"empty.json \(train\), .*empty.csv: no rows to train on$"):
+        stages.vlm(tmp_path / "run", *flags, "--vqa_data_train_path", tmp_path / "empty.csv")
 
 
 @pytest.mark.parametrize("grouped", [False, True])
