@@ -84,7 +84,8 @@ def test_each_image_is_encoded_once_for_all_its_questions(data_root, vlm_folder,
 
 
 def test_shuffled_images_come_from_other_answers(data_root, vlm_folder, tmp_path):
-    run(data_root, vlm_folder, tmp_path, "--close_ended", "--baseline", "shuffled")
+    summary = run(data_root, vlm_folder, tmp_path, "--close_ended", "--baseline", "shuffled")
+    assert summary["same_answer"] == 0
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     answer_of = {row["image"]: row["answer"] for row in rows}
     assert all(answer_of[row["shown"]] != row["answer"] for row in rows)
