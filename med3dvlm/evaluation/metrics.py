@@ -61,7 +61,7 @@ def parse_choice(text: str) -> str | None:
 
 def published_choice_match(text: str, letter: str) -> bool:
     """The published rule: letter and full stop occur anywhere, so ``"A. B. C. D."`` is right for every question."""
-    return f"{letter}." in text
+    return bool(letter) and f"{letter}." in text
 
 
 def distinct_share(texts: Sequence[str]) -> float:

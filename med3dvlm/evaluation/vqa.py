@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from med3dvlm.data.manifest import check_files_exist, read_vqa_csv
+from med3dvlm.data.manifest import check_closed, check_files_exist, read_vqa_csv
 from med3dvlm.data.prompts import QUESTION_TYPES, closed_question
 from med3dvlm.evaluation import common
 from med3dvlm.evaluation.command import add_common_arguments, add_text_arguments, at_least, run
@@ -72,6 +72,8 @@ def read_samples(args: argparse.Namespace) -> list[common.Sample]:
     records = read_vqa_csv(args.vqa_data_test_path, args.data_root, check_files=False)[: args.limit]
     common.require_samples(records, args.vqa_data_test_path)
     check_files_exist(records)
+    if args.close_ended:
+        check_closed(records)
     return [
         common.Sample(
             image=record.image,

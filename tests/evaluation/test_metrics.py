@@ -63,6 +63,7 @@ def test_parse_choice(text, letter):
 def test_published_rule_accepts_a_list_of_all_letters():
     assert all(metrics.published_choice_match("A. B. C. D.", letter) for letter in "ABCD")
     assert not metrics.published_choice_match("liver", "C")
+    assert not metrics.published_choice_match("anything.", "")
 
 
 def test_bleu_is_unigram_precision_with_brevity_penalty():

@@ -91,6 +91,14 @@ def test_shuffled_images_come_from_other_answers(data_root, vlm_folder, tmp_path
     assert all(answer_of[row["shown"]] != row["answer"] for row in rows)
 
 
+def test_an_open_table_is_no_closed_one(data_root, vlm_folder, tmp_path):
+    image = read_csv(data_root / "M3D-VQA" / "M3D_VQA_test.csv")[0]["Image Path"]
+    path = write_table(tmp_path / "t.csv", [[image, "", 1, "Q?", "NA", "NA", "NA", "NA", "x", ""]])
+    with pytest.raises(ManifestError, match="t.csv, row 0 .*it has none"):
+        run(data_root, vlm_folder, tmp_path, "--vqa_data_test_path", str(path), "--close_ended")
+    run(data_root, vlm_folder, tmp_path, "--vqa_data_test_path", str(path))
+
+
 def test_missing_file_is_named_with_manifest_and_row(data_root, vlm_folder, tmp_path):
     path = write_table(tmp_path / "t.csv", [["nowhere.nii.gz", "", 1, "Q?", "x", "y", "NA", "NA", "x", "A"]])
     with pytest.raises(ManifestError, match="t.csv, row 0.*nowhere.nii.gz"):
