@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> dict:
     samples = [common.Sample(r.image, args.prompt, r.read_text().strip(), r.where) for r in records]
     images, references = [sample.image for sample in samples], [sample.answer for sample in samples]
     model = load_model(args.model_name_or_path, args.device, args.dtype)
+    common.check_questions(model, [(args.prompt, "--prompt")], "caption", args.max_new_tokens)
 
     shown = shown_images(images, references, args.baseline, args.seed)
     predictions = common.answer_samples(

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.evaluation import metrics
 from med3dvlm.evaluation.wordnet import INSTALL_COMMAND, find_wordnet
+from med3dvlm.inference import QuestionError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Sample:
     where: str
     question_type: int | str = ""
     answer_choice: str = ""
+    choices: tuple[str | None, ...] = ()
 
 
 def require_samples(records: Sequence, manifest: str) -> None:
@@ -82,6 +84,21 @@ def image_batches(
     loader = DataLoader(_Images(paths, where, config), batch_size=batch_size, num_workers=num_workers)
     for i, images in enumerate(loader):
         yield paths[i * batch_size : (i + 1) * batch_size], images
+
+
+def check_questions(model, questions: Iterable[tuple[str, str]], kind: str, max_new_tokens: int) -> None:
+    """Raise QuestionError for the first question that the model cannot be asked.
+
+    questions: text and where it stands. All are checked before the first one is answered, which may be hours earlier.
+    """
+    where_of: dict[str, str] = {}  # tables repeat their questions
+    for question, where in questions:
+        where_of.setdefault(question, where)
+    for question, where in where_of.items():
+        try:
+            model.check_question(question, kind, max_new_tokens)
+        except QuestionError as error:
+            raise QuestionError(f"{where}: {error}") from error
 
 
 def answer_samples(

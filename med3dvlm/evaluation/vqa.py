@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> dict:
     folder = common.output_folder(args, task)
     samples = read_samples(args)
     model = load_model(args.model_name_or_path, args.device, args.dtype)
+    common.check_questions(model, [(s.question, s.where) for s in samples], "vqa", args.max_new_tokens)
 
     images, answers = [s.image for s in samples], [s.answer for s in samples]
     types = [s.question_type for s in samples]
@@ -82,6 +83,7 @@ def read_samples(args: argparse.Namespace) -> list[common.Sample]:
             where=record.where,
             question_type=record.question_type,
             answer_choice=record.answer_choice,
+            choices=record.choices,
         )
         for record in records
     ]
@@ -91,7 +93,7 @@ def score_closed(
     args: argparse.Namespace, samples: Sequence[common.Sample], predictions: Sequence[str]
 ) -> tuple[dict[str, list], dict]:
     """Per-sample columns and accuracies, overall and per question type."""
-    parsed = [parse_choice(text) for text in predictions]
+    parsed = [parse_choice(text, sample.choices) for text, sample in zip(predictions, samples, strict=True)]
     columns = {
         "choice": parsed,
         "correct": [int(p == s.answer_choice) for p, s in zip(parsed, samples, strict=True)],
