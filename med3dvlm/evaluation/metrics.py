@@ -163,7 +163,9 @@ def _rouge():
 
 
 def _words(text: str) -> list[str]:
-    """Penn-treebank tokens. Sentences are split at end marks: nltk's trained splitter needs a download."""
+    """Penn-treebank tokens. Sentences are split at end marks, also of abbreviations ("Dr."), unlike in the published
+    evaluation: nltk's trained splitter needs a download.
+    """
     from nltk.tokenize import word_tokenize
 
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
