@@ -7,7 +7,6 @@ encoder and projector are the published ones. The plain fp32 encoder is timed be
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import torch
 from med3dvlm.benchmark.encoder import build, call, fused, plain
 from med3dvlm.benchmark.timing import alternate, machine, table
 from med3dvlm.configuration import VLMConfig
+from med3dvlm.data.command import run_command
 from med3dvlm.data.preprocess import preprocess
-from med3dvlm.data.volume import load_volume
+from med3dvlm.data.volume import VolumeError, load_volume
 from med3dvlm.model.projector import build_projector
 
 
@@ -90,4 +90,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, (OSError, VolumeError))

@@ -1,6 +1,5 @@
 """The data card: what a data set of ours holds, how it was divided, what was checked, and what its owner has to add."""
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from med3dvlm.data.files import write_bytes
-from med3dvlm.data.manifest import CHOICE_LETTERS
+from med3dvlm.data.manifest import CHOICE_LETTERS, read_json
 from med3dvlm.data.profile import DataProfile
 from med3dvlm.data.sources.base import SPLITS, Case, Collection, Question, SourceError, draw_split
 
@@ -47,7 +46,7 @@ def draw_splits(collection: Collection, fractions: tuple[float, float, float]) -
     if collection.manifest is None:
         return {c.folder: c.split or draw_split(c.group or c.folder, fractions) for c in collection.cases}
     try:
-        listed = json.loads(collection.manifest.read_text(encoding="utf-8"))
+        listed = read_json(collection.manifest)
         found = {"/".join(Path(e["image"]).parts[-3:-1]): split for split, entries in listed.items() for e in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{collection.manifest}: is no manifest of images and texts ({error!r})") from error

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from med3dvlm.data.codes import FileImages
-from med3dvlm.data.manifest import CaptionRecord, ManifestError, VQARecord, missing_hint
+from med3dvlm.data.manifest import CaptionRecord, ManifestError, VQARecord, check_closed, missing_hint
 from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_answer, closed_question
 from med3dvlm.data.volume import VolumeError
@@ -162,6 +162,8 @@ class CaptionDataset(QuestionDataset):
 class VQADataset(QuestionDataset):
     """Questions of an M3D-VQA table. kind: "closed" lists the choices and answers with the letter, "open" and "yes_no"
     ask and answer in plain words.
+
+    An item of a closed question without choices raises ManifestError.
     """
 
     def __init__(self, records: list[VQARecord], processor, max_length: int, kind: str = "closed", **options):
@@ -174,6 +176,7 @@ class VQADataset(QuestionDataset):
         record = self.records[index]
         question, answer = record.question, record.answer
         if self.closed:
+            check_closed([record])
             question = closed_question(question, record.choices)
             answer = closed_answer(record.answer_choice, answer)
         return {

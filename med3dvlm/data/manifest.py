@@ -77,6 +77,11 @@ class VQARecord:
     def files(self) -> tuple[str, ...]:
         return (self.image,)
 
+    @property
+    def letters(self) -> list[str]:
+        """The letters of the choices that there are."""
+        return [letter for letter, text in zip(CHOICE_LETTERS, self.choices, strict=False) if text is not None]
+
 
 def read_caption_manifest(path, data_root, split: str, check_files: bool = True) -> list[CaptionRecord]:
     """Read one split of an `M3D_Cap.json`.
@@ -85,7 +90,7 @@ def read_caption_manifest(path, data_root, split: str, check_files: bool = True)
     check_files: look for every file now, rather than when it is its turn.
     Raises ManifestError: no manifest, not json, no such split, an entry without image or text, a file that is missing.
     """
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get(split), list):
         found = ", ".join(data) if isinstance(data, dict) else type(data).__name__
         raise ManifestError(f"{path}: expected a list under {split!r}, found {found or 'nothing'}")
@@ -154,6 +159,22 @@ def check_files_exist(records) -> None:
         raise ManifestError(f"{record.where}: {file} does not exist{more}{missing_hint(file)}")
 
 
+def check_closed(records) -> None:
+    """Raise ManifestError where questions have no choices, or an `Answer Choice` that is not the letter of one.
+
+    Such a question would be asked without choices, and no answer to it could be right.
+    """
+    wrong = [record for record in records if record.answer_choice not in record.letters]
+    if wrong:
+        first, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ManifestError(
+            f"{first.where}: Answer Choice {first.answer_choice!r:.80} is none of its choices "
+            f"({', '.join(first.letters) or 'it has none'}){more}; a closed table needs choices and the bare letter of "
+            "the right one, a table of open questions goes to --vqa_yn_data_train_path in training and is evaluated "
+            "without --close_ended"
+        )
+
+
 def missing_hint(file: str) -> str:
     """What may help where `file` is missing."""
     if file.endswith(RAW_ENDING) and Path(file.removesuffix(RAW_ENDING) + PREPARED_ENDING).is_file():
@@ -200,7 +221,7 @@ def image_paths(path) -> list[str]:
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        data = _read_json(path)
+        data = read_json(path)
         lists = data.values() if isinstance(data, dict) else ()
         entries = [entry for entries in lists if isinstance(entries, list) for entry in entries]
         return [entry["image"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
@@ -249,7 +270,7 @@ def _rename_csv(path: Path) -> int:
 
 
 def _rename_json(path: Path) -> int:
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ManifestError(f"{path}: expected an object with one list a split, found {type(data).__name__}")
     changed = 0
@@ -268,7 +289,8 @@ def _rename_json(path: Path) -> int:
     return changed
 
 
-def _read_json(path):
+def read_json(path):
+    """The content of a json file. Raises ManifestError where it cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

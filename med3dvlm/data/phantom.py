@@ -30,6 +30,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from med3dvlm.data.command import run_command
 from med3dvlm.data.files import write_bytes
 from med3dvlm.data.manifest import CAPTION_MANIFEST
 
@@ -308,4 +309,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, (OSError,))

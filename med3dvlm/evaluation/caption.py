@@ -10,6 +10,8 @@ import argparse
 from med3dvlm.data.manifest import check_files_exist, read_caption_manifest
 from med3dvlm.data.prompts import CAPTION_PROMPTS
 from med3dvlm.evaluation import common
+from med3dvlm.evaluation.command import add_common_arguments, add_text_arguments, at_least, run
+from med3dvlm.evaluation.controls import control_record, shown_images
 from med3dvlm.evaluation.metrics import TEXT_METRICS, distinct_share
 from med3dvlm.inference import load_model
 
@@ -18,11 +20,13 @@ CSV_HEADER = ("Question", "Ground Truth", "pred", *TEXT_METRICS)
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common_arguments(parser, model="./models/Med3DVLM-Qwen-2.5-7B")
-    common.add_text_arguments(parser)
+    add_common_arguments(parser, model="./models/Med3DVLM-Qwen-2.5-7B")
+    add_text_arguments(parser)
     parser.add_argument("--cap_data_path", default="./data/M3D_Cap_npy/M3D_Cap.json")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=int, default=1000, help="the first N of the split (published: %(default)s)")
+    parser.add_argument(
+        "--limit", type=at_least(1), default=1000, help="the first N of the split (published: %(default)s)"
+    )
     parser.add_argument("--prompt", default=CAPTION_PROMPTS[0], help="asked about every image (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -35,10 +39,11 @@ def main(argv: list[str] | None = None) -> dict:
     common.require_samples(records, args.cap_data_path)
     check_files_exist(records)
     samples = [common.Sample(r.image, args.prompt, r.read_text().strip(), r.where) for r in records]
-    references = [sample.answer for sample in samples]
+    images, references = [sample.image for sample in samples], [sample.answer for sample in samples]
     model = load_model(args.model_name_or_path, args.device, args.dtype)
+    common.check_questions(model, [(args.prompt, "--prompt")], "caption", args.max_new_tokens)
 
-    shown = common.shown_images([sample.image for sample in samples], references, args.baseline, args.seed)
+    shown = shown_images(images, references, args.baseline, args.seed)
     predictions = common.answer_samples(
         model, samples, shown, "caption", args.batch_size, args.max_new_tokens, args.num_workers
     )
@@ -46,6 +51,7 @@ def main(argv: list[str] | None = None) -> dict:
     summary = {
         "task": "caption",
         **common.run_record(args, model, samples, args.cap_data_path),
+        **control_record(images, references, args.baseline, shown),
         **scores,
         "distinct_outputs": distinct_share(predictions),
     }
@@ -63,4 +69,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

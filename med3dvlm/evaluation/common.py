@@ -1,4 +1,4 @@
-"""What the evaluation commands share: control images, batched answers, result files, what makes a score repeatable."""
+"""What the evaluation commands share: batched answers, result files, what makes a score repeatable."""
 
 import argparse
 import csv
@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,13 +19,12 @@ from tqdm import tqdm
 from med3dvlm.data.augment import to_unit
 from med3dvlm.data.codes import FileImages
 from med3dvlm.data.files import write_bytes
+from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.evaluation import metrics
 from med3dvlm.evaluation.wordnet import INSTALL_COMMAND, find_wordnet
-from med3dvlm.inference import DTYPES
-
-BASELINES = ("shuffled", "blank")
+from med3dvlm.inference import QuestionError
 
 
 @dataclass(frozen=True)
@@ -38,41 +37,13 @@ class Sample:
     where: str
     question_type: int | str = ""
     answer_choice: str = ""
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, model: str) -> None:
-    """Flags of every evaluation, with the published names where there are some."""
-    parser.add_argument("--model_name_or_path", default=model, help="local folder or hub name (default: %(default)s)")
-    parser.add_argument("--data_root", default="./data", help="folder that the paths in the manifest start from")
-    parser.add_argument("--output_dir", help="one folder per run (default: below output/, named after the evaluation)")
-    parser.add_argument("--batch_size", type=int, default=8, help="images, and questions, per forward pass")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto", help="auto: as stored")
-    parser.add_argument(
-        "--baseline", choices=BASELINES, help="control: images exchanged between cases whose answers differ, or emptied"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the exchange (decoding is greedy)")
-
-
-def add_text_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
-    """Flags of the evaluations that generate text."""
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens)
-    parser.add_argument("--bertscore_model", help="local model folder; BERTScore is left out without one")
-    parser.add_argument("--bertscore_layers", type=int, help="layer to take (default: as BERTScore's authors tuned it)")
-    parser.add_argument(
-        "--extra_metric",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a metric of the evaluate library, by hub name or local folder; may be repeated",
-    )
+    choices: tuple[str | None, ...] = ()
 
 
 def require_samples(records: Sequence, manifest: str) -> None:
-    """Raise ValueError when there is nothing to evaluate."""
+    """Raise ManifestError when there is nothing to evaluate."""
     if not records:
-        raise ValueError(f"{manifest}: no rows to evaluate")
+        raise ManifestError(f"{manifest}: no rows to evaluate")
 
 
 def output_folder(args: argparse.Namespace, name: str) -> Path:
@@ -80,48 +51,6 @@ def output_folder(args: argparse.Namespace, name: str) -> Path:
     folder = Path(args.output_dir or f"output/eval_{name}" + (f"_{args.baseline}" if args.baseline else ""))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def shown_images(
-    images: Sequence[str],
-    answers: Sequence[str],
-    baseline: str | None,
-    seed: int,
-    groups: Sequence[int | str] | None = None,
-) -> list[str | None]:
-    """The image that each row shows: its own, an exchanged one, or None for an empty one.
-
-    "shuffled" exchanges images between rows whose answers differ, inside a group (a question type; None: all rows).
-    Where one answer is so frequent that this cannot work out for all, the rest gets an image of the same answer.
-    """
-    if baseline is None:
-        return list(images)
-    if baseline == "blank":
-        return [None] * len(images)
-    shown = list(images)
-    members = defaultdict(list)
-    for row, group in enumerate(groups or [""] * len(images)):
-        members[group].append(row)
-    rng = np.random.default_rng(seed)
-    for rows in members.values():
-        order = _exchange([answers[row].strip().lower() for row in rows], rng)
-        for row, other in zip(rows, order, strict=True):
-            shown[row] = images[rows[other]]
-    return shown
-
-
-def _exchange(keys: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """A random permutation ``[N]`` with ``keys[order[i]] != keys[i]`` wherever a swap can bring that about."""
-    n = len(keys)
-    order = rng.permutation(n)
-    for i in range(n):
-        if keys[order[i]] != keys[i]:
-            continue
-        for j in rng.permutation(n):
-            if keys[order[j]] != keys[i] and keys[order[i]] != keys[j]:
-                order[i], order[j] = order[j], order[i]
-                break
-    return order
 
 
 class _Images(Dataset):
@@ -155,6 +84,21 @@ def image_batches(
     loader = DataLoader(_Images(paths, where, config), batch_size=batch_size, num_workers=num_workers)
     for i, images in enumerate(loader):
         yield paths[i * batch_size : (i + 1) * batch_size], images
+
+
+def check_questions(model, questions: Iterable[tuple[str, str]], kind: str, max_new_tokens: int) -> None:
+    """Raise QuestionError for the first question that the model cannot be asked.
+
+    questions: text and where it stands. All are checked before the first one is answered, which may be hours earlier.
+    """
+    where_of: dict[str, str] = {}  # tables repeat their questions
+    for question, where in questions:
+        where_of.setdefault(question, where)
+    for question, where in where_of.items():
+        try:
+            model.check_question(question, kind, max_new_tokens)
+        except QuestionError as error:
+            raise QuestionError(f"{where}: {error}") from error
 
 
 def answer_samples(

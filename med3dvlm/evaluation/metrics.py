@@ -46,12 +46,16 @@ def _scores_at(scores: np.ndarray, k: int) -> dict[str, float]:
     return {"recall": recall, "precision": precision, "f1": f1, "accuracy": recall}
 
 
-def parse_choice(text: str) -> str | None:
+def parse_choice(text: str, choices: Sequence[str | None] = ()) -> str | None:
     """The letter A to D that an answer starts with (``"C. liver"``, ``"(C) liver"``, ``"C"``), otherwise None.
 
     None also where another lettered choice follows (``"A. B. C. D."``, ``"A. liver B. lung"``): that chooses nothing.
-    A letter that ends the text belongs to the answer (``"A. hepatitis B."``).
+    A letter that ends the text belongs to the answer (``"A. hepatitis B."``), and so does what a choice itself holds:
+    with ``choices`` (the texts of A to D, None for a missing one) ``"C. Vitamin D. level"`` is C where that is C.
     """
+    for letter, choice in zip("ABCD", choices, strict=False):
+        if choice is not None and text.split() == f"{letter}. {choice}".split():
+            return letter
     match = re.match(r"\s*\(?([A-D])(?:[.):]|\s*$)", text)
     if match is None:
         return None
@@ -61,7 +65,7 @@ def parse_choice(text: str) -> str | None:
 
 def published_choice_match(text: str, letter: str) -> bool:
     """The published rule: letter and full stop occur anywhere, so ``"A. B. C. D."`` is right for every question."""
-    return f"{letter}." in text
+    return bool(letter) and f"{letter}." in text
 
 
 def distinct_share(texts: Sequence[str]) -> float:
@@ -159,7 +163,9 @@ def _rouge():
 
 
 def _words(text: str) -> list[str]:
-    """Penn-treebank tokens. Sentences are split at end marks: nltk's trained splitter needs a download."""
+    """Penn-treebank tokens. Sentences are split at end marks, also of abbreviations ("Dr."), unlike in the published
+    evaluation: nltk's trained splitter needs a download.
+    """
     from nltk.tokenize import word_tokenize
 
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from med3dvlm.data.phantom import ORGANS
 from med3dvlm.data.volume import load_volume
+from med3dvlm.evaluation.command import run
 from med3dvlm.evaluation.common import write_json, write_text
 
 BLUE, GREY, RED = "#2f6f9f", "#b8bec6", "#b3402f"
@@ -281,4 +282,4 @@ def case_sections(run: Run, count: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,6 +22,8 @@ from med3dvlm.data.datasets import PairDataset
 from med3dvlm.data.files import atomic_path
 from med3dvlm.data.manifest import CaptionRecord, check_files_exist, read_caption_manifest
 from med3dvlm.evaluation import common
+from med3dvlm.evaluation.command import RequestError, add_common_arguments, at_least, run
+from med3dvlm.evaluation.controls import control_record, shown_images
 from med3dvlm.evaluation.metrics import retrieval_metrics
 from med3dvlm.inference import ImageTextEncoder, load_clip
 
@@ -32,10 +34,10 @@ DIRECTIONS = {"rows": "image_to_text", "columns": "text_to_image"}
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common_arguments(parser, model="./output/DCFormer_SigLIP")
+    add_common_arguments(parser, model="./output/DCFormer_SigLIP")
     parser.add_argument("--cap_data_path", default="./data/M3D_Cap_npy/M3D_Cap.json")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--max_length", type=int, default=512, help="tokens of a report")
+    parser.add_argument("--max_length", type=at_least(1), default=512, help="tokens of a report")
     parser.add_argument(
         "--pool_sizes",
         "--test_size",
@@ -59,7 +61,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     pairs = PairDataset(records, model.tokenizer, args.max_length, model.preprocess)
     rows = [pairs.load_text(i) for i in range(len(pairs))]
-    shown = common.shown_images([r.image for r in records], [row["text"] for row in rows], args.baseline, args.seed)
+    paths, reports = [record.image for record in records], [row["text"] for row in rows]
+    shown = shown_images(paths, reports, args.baseline, args.seed)
     images = encode_images(model, records, shown, args.batch_size, args.num_workers)  # [N, width]
     texts = encode_texts(model, rows, args.batch_size)  # [N, width]
     scores = (images @ texts.T).numpy()  # [N, N], row: image
@@ -69,14 +72,13 @@ def main(argv: list[str] | None = None) -> dict:
         "model": args.model_name_or_path,
         "baseline": args.baseline,
         "seed": args.seed,
-        "split": common.split_record(
-            args, args.cap_data_path, [(r.image, row["text"]) for r, row in zip(records, rows, strict=True)]
-        ),
+        "split": common.split_record(args, args.cap_data_path, list(zip(paths, reports, strict=True))),
+        **control_record(paths, reports, args.baseline, shown),
         "max_length": args.max_length,
         "dtype": str(model.dtype).removeprefix("torch."),
         "preprocessing": model.preprocess.to_dict(),
         "pools": {str(size): named_scores(scores[:size, :size]) for size in sizes},
-        "same_series": same_series_scores(scores, [series_name(record.image) for record in records]),
+        "same_series": same_series_scores(scores, [series_name(path) for path in paths]),
     }
     label = common.model_label(args.model_name_or_path)
     common.write_csv(folder / f"{label}_eval_retrieval.csv", published_rows(summary["pools"]))
@@ -84,8 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
         np.savez_compressed(
             file,
             scores=scores,
-            images=np.array([r.image for r in records]),
-            series=np.array([series_name(r.image) for r in records]),
+            images=np.array(paths),
+            series=np.array([series_name(path) for path in paths]),
         )
     common.write_json(folder / "summary.json", summary)
     common.print_scores(summary, folder)
@@ -93,12 +95,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def pool_sizes(asked: Sequence[int] | None, available: int) -> list[int]:
-    """The pools to report, ascending. Raises ValueError for one that the split cannot fill."""
+    """The pools to report, ascending. Raises RequestError for one that the split cannot fill."""
     if asked is None:
         return [size for size in PUBLISHED_POOLS if size <= available] or [available]
     too_large = [size for size in asked if not 1 <= size <= available]
     if too_large:
-        raise ValueError(f"--pool_sizes {' '.join(map(str, too_large))}: the split has {available} cases")
+        raise RequestError(f"--pool_sizes {' '.join(map(str, too_large))}: the split has {available} cases")
     return sorted(asked)
 
 
@@ -185,4 +187,4 @@ def published_rows(pools: dict[str, dict]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from med3dvlm.data.manifest import check_files_exist, read_vqa_csv
+from med3dvlm.data.manifest import check_closed, check_files_exist, read_vqa_csv
 from med3dvlm.data.prompts import QUESTION_TYPES, closed_question
 from med3dvlm.evaluation import common
+from med3dvlm.evaluation.command import add_common_arguments, add_text_arguments, at_least, run
+from med3dvlm.evaluation.controls import control_record, shown_images
 from med3dvlm.evaluation.metrics import TEXT_METRICS, distinct_share, parse_choice, published_choice_match
 from med3dvlm.inference import load_model
 
@@ -25,11 +27,11 @@ OPEN_HEADER = ("Question Type", "Question", "Answer", "Pred", *TEXT_METRICS)
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common_arguments(parser, model="./models/Med3DVLM-Qwen-2.5-7B")
-    common.add_text_arguments(parser)
+    add_common_arguments(parser, model="./models/Med3DVLM-Qwen-2.5-7B")
+    add_text_arguments(parser)
     parser.add_argument("--vqa_data_test_path", default="./data/M3D-VQA/M3D_VQA_test.csv")
     parser.add_argument("--close_ended", action="store_true", help="offer the choices and score the letter")
-    parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument("--limit", type=at_least(1), help="only the first N questions")
     return parser.parse_args(argv)
 
 
@@ -40,14 +42,11 @@ def main(argv: list[str] | None = None) -> dict:
     folder = common.output_folder(args, task)
     samples = read_samples(args)
     model = load_model(args.model_name_or_path, args.device, args.dtype)
+    common.check_questions(model, [(s.question, s.where) for s in samples], "vqa", args.max_new_tokens)
 
-    shown = common.shown_images(
-        [s.image for s in samples],
-        [s.answer for s in samples],
-        args.baseline,
-        args.seed,
-        groups=[s.question_type for s in samples],
-    )
+    images, answers = [s.image for s in samples], [s.answer for s in samples]
+    types = [s.question_type for s in samples]
+    shown = shown_images(images, answers, args.baseline, args.seed, types)
     predictions = common.answer_samples(
         model, samples, shown, "vqa", args.batch_size, args.max_new_tokens, args.num_workers
     )
@@ -56,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
     summary = {
         "task": task,
         **common.run_record(args, model, samples, args.vqa_data_test_path),
+        **control_record(images, answers, args.baseline, shown, types),
         **scores,
         "distinct_outputs": distinct_share(predictions),
     }
@@ -73,6 +73,8 @@ def read_samples(args: argparse.Namespace) -> list[common.Sample]:
     records = read_vqa_csv(args.vqa_data_test_path, args.data_root, check_files=False)[: args.limit]
     common.require_samples(records, args.vqa_data_test_path)
     check_files_exist(records)
+    if args.close_ended:
+        check_closed(records)
     return [
         common.Sample(
             image=record.image,
@@ -81,6 +83,7 @@ def read_samples(args: argparse.Namespace) -> list[common.Sample]:
             where=record.where,
             question_type=record.question_type,
             answer_choice=record.answer_choice,
+            choices=record.choices,
         )
         for record in records
     ]
@@ -90,7 +93,7 @@ def score_closed(
     args: argparse.Namespace, samples: Sequence[common.Sample], predictions: Sequence[str]
 ) -> tuple[dict[str, list], dict]:
     """Per-sample columns and accuracies, overall and per question type."""
-    parsed = [parse_choice(text) for text in predictions]
+    parsed = [parse_choice(text, sample.choices) for text, sample in zip(predictions, samples, strict=True)]
     columns = {
         "choice": parsed,
         "correct": [int(p == s.answer_choice) for p, s in zip(parsed, samples, strict=True)],
@@ -152,4 +155,4 @@ def write_table(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -214,6 +214,12 @@ class Med3DVLM:
         if self.processor.image_token in text:
             raise QuestionError(f"{what} holds {self.processor.image_token}, which stands for the scan: remove it")
 
+    def check_question(self, question: str, kind: str, max_new_tokens: int) -> None:
+        """Raise QuestionError for what cannot be asked about one scan: see `check_text` and `check_length`."""
+        self.check_text(question)
+        length = len(self.processor.encode(self.processor.prompt(question, kind))["input_ids"])
+        self.check_length(question, kind, length, max_new_tokens)
+
     def check_choices(self, choices: Sequence[str]) -> list[str]:
         """The choices as a list. Raises QuestionError unless they are two or more different texts."""
         choices = [choices] if isinstance(choices, str) else list(choices)

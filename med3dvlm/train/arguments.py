@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import transformers
 
 from med3dvlm.configuration import PRESETS
 from med3dvlm.data.cache import CacheError
+from med3dvlm.data.command import run_command
 from med3dvlm.data.datasets import SampleError
 from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.volume import VolumeError
@@ -266,11 +266,7 @@ def checked_flags(about: str) -> Iterator[None]:
 
 def run(main: Callable[[], object]) -> None:
     """A stage as a program: what users can put right ends it with one sentence and exit status 1."""
-    try:
-        main()
-    except BAD_INPUT as error:
-        # The message of a loader's process is a traceback, whose last line has the error's own.
-        sys.exit(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}")
+    run_command(main, BAD_INPUT)
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, set_seed
 from med3dvlm.configuration import VLMConfig
 from med3dvlm.data.collate import collate_vlm
 from med3dvlm.data.datasets import CaptionDataset, GroupedQADataset, VQADataset
-from med3dvlm.data.manifest import read_caption_manifest, read_vqa_csv
+from med3dvlm.data.manifest import check_closed, read_caption_manifest, read_vqa_csv
 from med3dvlm.data.presets import PreprocessConfig
 from med3dvlm.model.checkpoint import load_projector, load_vision_encoder, save_lora, save_projector
 from med3dvlm.model.encoder import build_vision_encoder
@@ -104,6 +104,8 @@ def read_records(data_args: QADataArguments, yes_no: bool) -> dict[str, list]:
     root, check = data_args.data_root, data_args.check_files
     captions = read_caption_manifest(data_args.cap_data_path, root, "train", check)
     questions = read_vqa_csv(data_args.vqa_data_train_path, root, check)
+    if check:
+        check_closed(questions)
     records = {"caption": captions, "closed": questions, "open": questions}
     if yes_no:
         records["yes_no"] = read_vqa_csv(data_args.vqa_yn_data_train_path, root, check)

@@ -185,7 +185,7 @@ def test_a_series_in_a_zip(series, tmp_path):
     assert [s.shape for s in list_series(archive)] == [(5, 4, 3)]
     (series / "002.dcm").unlink()
     archive = shutil.make_archive(tmp_path / "gap", "zip", series.parent)
-    with pytest.raises(VolumeError, match="gap.zip.*: 1 slices seem to be missing"):
+    with pytest.raises(VolumeError, match="gap.zip.*: 1 slice seems to be missing"):
         load_volume(archive)
 
 
@@ -222,7 +222,7 @@ def test_damaged_slices_are_named_where_slices_are_missing(series, tmp_path):
     file = series / "002.dcm"
     file.write_bytes(file.read_bytes()[:300])
     for path in (series, series / "000.dcm"):
-        with pytest.raises(VolumeError, match=r"1 slices .* 001.dcm and 003.dcm, .* cannot be parsed: 002.dcm; find"):
+        with pytest.raises(VolumeError, match=r"1 slice .* 001.dcm and 003.dcm, .* cannot be parsed: 002.dcm; find"):
             read(path)
     decoded = read(series, resample=True)
     assert decoded.array.shape == (5, 4, 3) and np.array_equal(decoded.array[3], ARRAY[3])

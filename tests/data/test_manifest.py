@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ def test_bad_csv(tmp_path):
         read_vqa_csv(write_table(tmp_path / "q.csv", [], ["Image Path", "Question", "Answer"]), tmp_path)
     with pytest.raises(ManifestError, match=r"row 0 \(line 3\): ends before the column Answer"):
         read_vqa_csv(write_table(tmp_path / "q.csv", [ROW[:6]]), tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["C", "E", "NA", "", "a", " A", "(A)", "AB"])
+def test_a_closed_question_names_one_of_its_choices(tmp_path, letter):
+    table = write_table(tmp_path / "q.csv", [ROW, [*ROW[:9], letter], [*ROW[:9], letter]])
+    records = read_vqa_csv(table, tmp_path, check_files=False)
+    manifest.check_closed(records[:1])
+    expected = f"q.csv, row 1 (line 5): Answer Choice {letter!r} is none of its choices (A, B) (and 1 more)"
+    with pytest.raises(ManifestError, match=re.escape(expected)):
+        manifest.check_closed(records)
+
+
+def test_a_table_without_choices_is_not_closed(tmp_path):
+    table = write_table(tmp_path / "q.csv", [[*ROW[:4], "NA", "", "NA", "NA", "cyst", "A"]])
+    with pytest.raises(ManifestError, match=r"q.csv, row 0 .*it has none\).*--vqa_yn_data_train_path.*--close_ended"):
+        manifest.check_closed(read_vqa_csv(table, tmp_path, check_files=False))
 
 
 def test_rename_changes_the_path_column_only(tmp_path):

@@ -137,10 +137,12 @@ def test_ct_rate_tables_may_leave_the_ending_out(tmp_path):
 
 
 def test_a_closed_question_without_choices_is_an_open_one(tmp_path):
-    rows = [["Task1", "-", "train_1_a_1.nii.gz", "Is there a nodule?", "No", "Close", "-", "-", "-", "-", "-"]]
-    table = write_table(tmp_path / "a.csv", rows, RAD)
-    (question,) = collect(ct_rate(tmp_path / "ct"), "auto", SourceOptions(questions=table)).questions["train"]
-    assert question.choices == () and question.answer == "No"
+    """And so is one without the letter of a choice."""
+    start = ["Task1", "-", "train_1_a_1.nii.gz", "Is there a nodule?", "No", "Close"]
+    ends = ["-", "-", "-", "-", "-"], ["-", "Yes", "No", "-", "-"], ["C", "Yes", "No", "-", "-"]
+    table = write_table(tmp_path / "a.csv", [[*start, *end] for end in ends], RAD)
+    found = collect(ct_rate(tmp_path / "ct"), "auto", SourceOptions(questions=table)).questions["train"]
+    assert [(question.choices, question.answer_choice, question.answer) for question in found] == [((), "", "No")] * 3
 
 
 def test_ct_rate_questions_of_its_own(tmp_path):

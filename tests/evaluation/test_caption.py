@@ -4,6 +4,7 @@ import json
 import pytest
 
 from med3dvlm.evaluation import caption, common
+from med3dvlm.inference import QuestionError
 
 
 def run(data_root, vlm_folder, output, *more):
@@ -43,6 +44,11 @@ def test_answers_do_not_depend_on_the_batch(data_root, vlm_folder, tmp_path):
     run(data_root, vlm_folder, tmp_path / "a")
     run(data_root, vlm_folder, tmp_path / "b", "--batch_size", "1", "--num_workers", "1")
     assert predictions(tmp_path / "a") == predictions(tmp_path / "b")
+
+
+def test_a_prompt_that_cannot_be_asked_is_named(data_root, vlm_folder, tmp_path):
+    with pytest.raises(QuestionError, match="--prompt: the question holds <im_patch>"):
+        run(data_root, vlm_folder, tmp_path, "--prompt", "<im_patch> What is seen?")
 
 
 def test_shuffled_shows_the_image_of_another_report(data_root, vlm_folder, tmp_path):

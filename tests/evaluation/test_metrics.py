@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from med3dvlm.data.prompts import closed_answer
 from med3dvlm.evaluation import metrics
 from tests.helpers.golden import load_golden, rule_uniform
 from tests.helpers.tiny_model import write_tiny_text_encoder
@@ -60,9 +61,21 @@ def test_parse_choice(text, letter):
     assert metrics.parse_choice(text) == letter
 
 
+@pytest.mark.parametrize(
+    "choice", ["liver", "C. difficile colitis", "Vitamin D. level", "hepatitis C. infection", "A. B.", " B) x", ""]
+)
+def test_the_true_answer_is_right_whatever_its_text(choice):
+    choices = [choice, None, "another", choice]
+    assert metrics.parse_choice(closed_answer("A", choice), choices) == "A"
+    assert metrics.parse_choice(f" {closed_answer('D', choice)} ", choices) == "D"
+    assert metrics.parse_choice("A. liver B. lung", ["liver", "lung"]) is None
+    assert metrics.parse_choice("D. liver", ["liver"]) == "D"  # a letter that was not offered is wrong, not nothing
+
+
 def test_published_rule_accepts_a_list_of_all_letters():
     assert all(metrics.published_choice_match("A. B. C. D.", letter) for letter in "ABCD")
     assert not metrics.published_choice_match("liver", "C")
+    assert not metrics.published_choice_match("anything.", "")
 
 
 def test_bleu_is_unigram_precision_with_brevity_penalty():

@@ -7,6 +7,7 @@ import pytest
 from med3dvlm.data.manifest import ManifestError
 from med3dvlm.evaluation import vqa
 from med3dvlm.evaluation.common import Sample
+from med3dvlm.inference import QuestionError
 from tests.helpers.tiny_data import write_table
 
 
@@ -35,6 +36,15 @@ def test_closed_accuracy_is_strict_and_the_published_rule_stands_beside_it():
     assert scores["closed_accuracy"] == 0.25 and scores["by_type"] == {"plane": 0.5, "organ": 0.0}
     assert scores["published_rule"] == {"closed_accuracy": 0.75, "by_type": {"plane": 1.0, "organ": 0.5}}
     assert scores["without_choice"] == 0.5
+
+
+def test_a_true_answer_that_holds_a_letter_is_right(data_root, tmp_path):
+    image = read_csv(data_root / "M3D-VQA" / "M3D_VQA_test.csv")[0]["Image Path"]
+    texts = ["normal", "C. difficile colitis", "Vitamin D. level", "NA"]
+    path = write_table(tmp_path / "t.csv", [[image, "", 4, "Q?", *texts, texts[n], "ABC"[n]] for n in range(3)])
+    samples = vqa.read_samples(Namespace(vqa_data_test_path=path, data_root=data_root, limit=None, close_ended=True))
+    said = [f"{sample.answer_choice}. {sample.answer}" for sample in samples]
+    assert vqa.score_closed(Namespace(extra_metric=[]), samples, said)[1]["closed_accuracy"] == 1
 
 
 def test_open_scores_are_given_per_type():
@@ -84,10 +94,31 @@ def test_each_image_is_encoded_once_for_all_its_questions(data_root, vlm_folder,
 
 
 def test_shuffled_images_come_from_other_answers(data_root, vlm_folder, tmp_path):
-    run(data_root, vlm_folder, tmp_path, "--close_ended", "--baseline", "shuffled")
+    summary = run(data_root, vlm_folder, tmp_path, "--close_ended", "--baseline", "shuffled")
+    assert summary["same_answer"] == 0
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     answer_of = {row["image"]: row["answer"] for row in rows}
     assert all(answer_of[row["shown"]] != row["answer"] for row in rows)
+
+
+def test_an_open_table_is_no_closed_one(data_root, vlm_folder, tmp_path):
+    image = read_csv(data_root / "M3D-VQA" / "M3D_VQA_test.csv")[0]["Image Path"]
+    path = write_table(tmp_path / "t.csv", [[image, "", 1, "Q?", "NA", "NA", "NA", "NA", "x", ""]])
+    with pytest.raises(ManifestError, match="t.csv, row 0 .*it has none"):
+        run(data_root, vlm_folder, tmp_path, "--vqa_data_test_path", str(path), "--close_ended")
+    run(data_root, vlm_folder, tmp_path, "--vqa_data_test_path", str(path))
+
+
+@pytest.mark.parametrize("question, reason", [("Is it <im_patch>?", "holds <im_patch>"), ("why " * 600, r"\d+ fit")])
+def test_a_question_that_cannot_be_asked_is_named_before_any_answer(
+    data_root, vlm_folder, tmp_path, monkeypatch, question, reason
+):
+    image = read_csv(data_root / "M3D-VQA" / "M3D_VQA_test.csv")[0]["Image Path"]
+    rows = [[image, "", 1, text, "x", "y", "NA", "NA", "x", "A"] for text in ("Fine?", question, question)]
+    path = write_table(tmp_path / "t.csv", rows)
+    monkeypatch.setattr("med3dvlm.inference.Med3DVLM.encode", lambda *_: pytest.fail("an image was encoded before"))
+    with pytest.raises(QuestionError, match=rf"t.csv, row 1 \(line 3\): the question .*{reason}"):
+        run(data_root, vlm_folder, tmp_path, "--vqa_data_test_path", str(path), "--close_ended")
 
 
 def test_missing_file_is_named_with_manifest_and_row(data_root, vlm_folder, tmp_path):

@@ -1,5 +1,6 @@
 """The projector and the LoRA stage on a few phantoms: what trains, what is handed over, how an interruption ends."""
 
+import csv
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from med3dvlm.data.volume import VolumeError
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError, read_tensors, read_weights, write_tensors
 from med3dvlm.train import merge, vlm
+from tests.helpers.tiny_data import write_table
 from tests.helpers.tiny_model import write_tiny_vlm
 from tests.helpers.tiny_stages import LORA, PROJECTOR, copy_run, damaged_data, different, interrupt, losses
 
@@ -340,6 +342,18 @@ def test_no_samples_at_all_are_named(stages, tmp_path):
     (tmp_path / "empty.csv").write_text(table.splitlines()[0] + "\n")
     with pytest.raises(ManifestError, match=r"empty.json \(train\), .*empty.csv: no rows to train on$"):
         stages.vlm(tmp_path / "run", *flags, "--vqa_data_train_path", tmp_path / "empty.csv")
+
+
+def test_an_open_table_is_no_closed_one(stages, untied, tmp_path):
+    table = stages.data / "M3D-VQA/M3D_VQA_train.csv"
+    rows = list(csv.reader(table.read_text().splitlines()))
+    rows[3] = ["NA" if name.startswith("Choice") else cell for name, cell in zip(rows[0], rows[3], strict=True)]
+    bad = write_table(tmp_path / "open.csv", rows[1:], rows[0])
+    flags = [*untied, *PROJECTOR, "--vqa_data_train_path", bad]
+    with pytest.raises(ManifestError, match=r"open.csv, row 2 .*it has none"):
+        stages.vlm(tmp_path / "refused", *flags)
+    flags += ["--max_bad_samples", 5, "--num_train_epochs", 1, "--max_steps", -1, "--per_device_train_batch_size", 55]
+    assert stages.vlm(tmp_path / "skipped", *flags)["bad_samples"] == 1
 
 
 @pytest.mark.parametrize("grouped", [False, True])

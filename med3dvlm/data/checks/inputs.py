@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from med3dvlm.data.manifest import (
     ManifestError,
     VQARecord,
     read_caption_manifest,
+    read_json,
     read_vqa_csv,
 )
 from med3dvlm.data.presets import PreprocessConfig
@@ -137,7 +137,7 @@ def _find_root(folder: Path, manifest: Path | None) -> Path:
         return folder
     usual = manifest.parent.parent
     try:
-        entries = [e for entries in json.loads(manifest.read_text("utf-8")).values() for e in entries][:50]
+        entries = [e for entries in read_json(manifest).values() for e in entries][:50]
         images = [entry["image"] for entry in entries]
         found = {root: sum((root / image).exists() for image in images) for root in (usual, manifest.parent, folder)}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
@@ -148,9 +148,9 @@ def _find_root(folder: Path, manifest: Path | None) -> Path:
 def _read_manifest(inputs: Inputs) -> None:
     name = inputs.name(inputs.manifest)
     try:
-        data = json.loads(inputs.manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        inputs.findings.append(Finding("manifest", name, f"cannot be read ({error})"))
+        data = read_json(inputs.manifest)
+    except ManifestError as error:
+        inputs.findings.append(Finding("manifest", name, str(error)))
         return
     if not isinstance(data, dict):
         inputs.findings.append(Finding("manifest", name, f"expected an object, found {type(data).__name__}"))

@@ -76,7 +76,7 @@ def check_question(record: VQARecord, name: str) -> list[Finding]:
         return findings
     if len(set(choices.values())) < len(choices):
         add("same_choices", f"{len(choices)} choices, {len(set(choices.values()))} different")
-    chosen = record.answer_choice.strip()
+    chosen = record.answer_choice
     # The yes / no tables may name the choice by its text.
     text = choices.get(chosen, _plain(chosen) if _plain(chosen) in choices.values() else None)
     if text is None:

@@ -199,7 +199,8 @@ def _check_stack(path: Path, planes: list[Plane], grid, drift: np.ndarray | None
         steps = np.diff(heights(planes))
         missing = int(np.sum(np.maximum(np.rint(steps / grid.spacing) - 1, 0)))
         between = " and ".join(plane.path.name for plane in planes[grid.gap_after : grid.gap_after + 2])
-        lost = f"{missing} slices seem to be missing" if missing else "slice distances are uneven"
+        seem = "1 slice seems" if missing == 1 else f"{missing} slices seem"
+        lost = f"{seem} to be missing" if missing else "slice distances are uneven"
         raise VolumeError(
             f"{path}: {lost}: {grid.gap:.4g} mm between {between}, where {grid.spacing:.4g} mm is usual"
             f"{'; ' + damaged if damaged else ''}",

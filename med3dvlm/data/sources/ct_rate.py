@@ -199,10 +199,12 @@ def _rad_questions(path: Path, images: dict[str, str], questions: dict, unmatche
         choices = tuple(row.get(f"Choice {letter}", "-") for letter in CHOICE_LETTERS)
         choices = tuple("" if choice == "-" else choice for choice in choices)
         letter = row["AnswerChoice"]
-        closed = row["QuestionType"].lower().startswith("close") and any(choices)
+        # What names no choice as the right one can only be asked in plain words.
+        there = [other for other, text in zip(CHOICE_LETTERS, choices, strict=True) if text]
+        closed = row["QuestionType"].lower().startswith("close") and letter in there
         questions.setdefault("train" if name.startswith("train_") else "test", []).append(
             Question(images[name], row["Question"], row["Answer"], row["Task"],
-                     choices if closed else (), "" if letter == "-" or not closed else letter))  # fmt: skip
+                     choices if closed else (), letter if closed else ""))  # fmt: skip
 
 
 def _own_questions(path: Path, images: dict[str, str], questions: dict, unmatched: list[str]) -> int:
