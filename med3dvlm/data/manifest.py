@@ -136,7 +136,7 @@ def _vqa_record(cells: dict, row: str, path, data_root) -> VQARecord:
         question=cells["Question"],
         choices=tuple(None if choice in ("NA", "", None) else choice for choice in choices),
         answer=cells["Answer"],
-        answer_choice=cells["Answer Choice"],
+        answer_choice=cells["Answer Choice"].strip(),
         question_type=int(question_type) if question_type.isdecimal() else question_type,
         row=row,
         manifest=str(path),

@@ -33,6 +33,7 @@ from med3dvlm.model.weights import (
     CheckpointError,
     full_state_dict,
     load_strict,
+    read_config,
     read_tensors,
     read_weights,
     write_tensors,
@@ -238,7 +239,7 @@ def extract(path: str | Path, part: str, output: str | Path | None = None) -> Pa
 
 def _language_model_config(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """config.json of the plain language model (Qwen2) or text encoder inside a checkpoint."""
-    values = _config_of(folder)
+    values = read_config(folder)
     if values.get("model_type") == CLIPConfig.model_type:
         return (CLIPConfig.from_dict(values).text_config or text_config_of(tensors, folder)).to_dict()
     if values.get("model_type") != VLMConfig.model_type:
@@ -249,16 +250,12 @@ def _language_model_config(folder: Path, tensors: dict[str, Tensor]) -> dict[str
     return plain | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-
-
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds: model type, and for each part its tensors, numbers of parameters and dtypes.
 
     Reads shapes only, no data. Raises CheckpointError as `read_checkpoint`.
     """
-    config = _config_of(Path(path)) if Path(path).is_dir() else {}
+    config = read_config(Path(path)) if Path(path).is_dir() else {}
     parts: dict[str, dict[str, Any]] = {}
     for key, tensor in read_checkpoint(path, device="meta").items():
         part = parts.setdefault(part_name(key), {"tensors": 0, "parameters": 0, "dtypes": Counter()})

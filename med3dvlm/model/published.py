@@ -4,7 +4,6 @@ A folder holds `config.json` (published keys) and the weights under the keys of 
 `med3dvlm.model.weights` for the files. Loading is strict, saving is bit-exact.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from med3dvlm.model.weights import (
     full_state_dict,
     load_strict,
     parameters_on_meta,
+    read_config,
     read_weights,
     write_json,
     write_weights,
@@ -217,8 +217,7 @@ def check_model_type(folder: Path, expected: str) -> None:
     """Raise CheckpointError unless the folder's config.json is of the expected model type (or names none)."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a complete checkpoint of type {expected}")
-    with checkpoint_errors(folder / "config.json"):
-        found = dict(json.loads((folder / "config.json").read_text())).get("model_type")
+    found = read_config(folder).get("model_type")
     if found not in (None, expected):
         raise CheckpointError(f"{folder}: expected a checkpoint of type {expected}, found {found}")
 

@@ -181,6 +181,13 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int 
         write_json({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, folder / WEIGHT_FILES[1])
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values in a folder's config.json, none where there is no such file. Raises CheckpointError: damaged."""
+    file = folder / "config.json"
+    with checkpoint_errors(file):
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
 def write_json(value: Any, path: Path) -> None:
     with written_atomically(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

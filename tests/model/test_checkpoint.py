@@ -499,6 +499,12 @@ def test_inspect_says_what_is_in_a_checkpoint(tmp_path, vlm, capsys):
     assert "projector" in capsys.readouterr().out
 
 
+def test_inspect_names_a_damaged_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(CheckpointError, match="config.json: cannot be used .JSONDecodeError: "):
+        checkpoint.inspect(tmp_path)
+
+
 def test_inspect_reads_no_data(tmp_path):
     write_tensors({"encoder.weight": torch.zeros(2, 3, dtype=torch.float16)}, tmp_path / "pretrained_ViT.safetensors")
     write_tensors({"encoder.weight": torch.zeros(2, 3, dtype=torch.float16)}, tmp_path / "pretrained_ViT.bin")
