@@ -10,8 +10,7 @@ data need neither torch nor transformers. Transformers' Auto classes know both m
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 
 _HOME = {
     "CLIPConfig": "med3dvlm.configuration",
@@ -31,27 +30,23 @@ def __getattr__(name: str):
     return getattr(import_module(_HOME[name]), name)
 
 
-def _stand_in(name: str) -> type:
+class _StandIn(type):
     """What `AutoConfig` knows in a configuration's place: asked for one, it imports the models, which register."""
 
-    def configuration() -> type:
+    def _configuration(cls) -> type:
         import_module("med3dvlm.model")
-        return __getattr__(name)
+        return __getattr__(cls.__name__)
 
-    class StandIn:
-        def __new__(cls, *arguments, **options):
-            return configuration()(*arguments, **options)
+    def __call__(cls, *arguments, **options):
+        return cls._configuration()(*arguments, **options)
 
-        @staticmethod
-        def from_dict(*arguments, **options):
-            return configuration().from_dict(*arguments, **options)
-
-    return StandIn
+    def __getattr__(cls, name: str):
+        return getattr(cls._configuration(), name)
 
 
 def _register(auto) -> None:
     for model_type, name in (("dec_clip", "CLIPConfig"), ("vlm_qwen", "VLMConfig")):
-        auto.AutoConfig.register(model_type, _stand_in(name))
+        auto.AutoConfig.register(model_type, _StandIn(name, (), {}))
 
 
 class _AfterAutoConfig(MetaPathFinder):
@@ -61,10 +56,9 @@ class _AfterAutoConfig(MetaPathFinder):
     """
 
     def find_spec(self, name: str, path, target=None) -> ModuleSpec | None:
-        if name != _AUTO_CONFIG:
+        spec = PathFinder.find_spec(name, path) if name == _AUTO_CONFIG else None
+        if spec is None:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module) -> None:

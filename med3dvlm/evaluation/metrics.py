@@ -54,7 +54,7 @@ def parse_choice(text: str, choices: Sequence[str | None] = ()) -> str | None:
     with ``choices`` (the texts of A to D, None for a missing one) ``"C. Vitamin D. level"`` is C where that is C.
     """
     for letter, choice in zip("ABCD", choices, strict=False):
-        if choice is not None and text.split() == f"{letter}. {choice}".split():
+        if choice is not None and text.rstrip(" .").split() == f"{letter}. {choice}".rstrip(" .").split():
             return letter
     match = re.match(r"\s*\(?([A-D])(?:[.):]|\s*$)", text)
     if match is None:

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
+ABANDONED = 24 * 3600  # seconds since a temporary file was written to: its writer, here or on another machine, is gone
+
+
 class CheckpointError(ValueError):
     """A checkpoint that isn't what was asked for, or can't be read."""
 
@@ -51,12 +55,13 @@ def checkpoint_errors(source: str | Path) -> Iterator[None]:
 def written_atomically(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`, moved onto it only if the block succeeds.
 
-    The file is as readable as any other that is made there. What a killed writer of it has left goes.
+    The file is as readable as any other that is made there. What a writer that was killed a day ago has left goes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()

@@ -364,6 +364,12 @@ def test_the_compiler_may_come_with_options(fresh, monkeypatch):
     assert (fresh / "options").read_text() == "-fuse-ld=gold -pipe\n"
 
 
+@pytest.mark.parametrize("wish", ["g++ 'x", "   "])
+def test_a_compiler_that_is_none_is_no_error(fresh, monkeypatch, caplog, wish):
+    monkeypatch.setenv("CXX", wish)
+    assert build.library() is None and len(caplog.records) == 1
+
+
 def test_workers_of_a_data_loader_do_not_compile(fresh, monkeypatch):
     monkeypatch.setenv("CXX", compiler(fresh, "exit 0"))
     monkeypatch.setattr(build, "get_worker_info", lambda: object())

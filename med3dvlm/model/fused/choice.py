@@ -136,9 +136,12 @@ def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
         kind, state = type(module), vars(module)
         if kind.__module__ != type(encoder).__module__ and kind not in _TORCH_LAYERS:
             return tensors, f"a layer was replaced by {kind.__name__}"
-        if module is not encoder and ("forward" in state or any(state[hooks] for hooks in _HOOKS)):
+        hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+        if module is not encoder and (hooks or state["_backward_pre_hooks"] or "forward" in state):
             return tensors, "layers have hooks"
-        if any(state.get(name, usual) != usual for name, usual in _USUAL.items()) or state.get("momentum", 0) is None:
+        if "eps" in state and (state["eps"] != 1e-5 or state["momentum"] is None or not state["track_running_stats"]):
+            return tensors, f"a layer's settings were changed: {module}"
+        if state.get("approximate", "none") != "none":
             return tensors, f"a layer's settings were changed: {module}"
         if state["training"] != encoder.training:
             return tensors, "some layers are in training mode and some are not"
@@ -152,8 +155,6 @@ def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
     return tensors, "" if next(encoder.parameters(), None) is not None else "the weights are replicas"
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_USUAL = {"eps": 1e-5, "track_running_stats": True, "approximate": "none"}  # of batch norms and GELU
 _TORCH_LAYERS = {nn.ModuleDict, nn.Sequential, nn.Identity, nn.MaxPool3d, nn.Linear, nn.GELU}
 
 

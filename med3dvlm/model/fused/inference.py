@@ -63,16 +63,16 @@ class LayeredStem:
     def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
         first = stem.first_layer(stem.tap_rows(layers[0]), stem.running_affine(layers[0]))
         kernels, bias = stem.normalised(stem.second_layer(layers[1], first), stem.running_affine(layers[1]))
-        self.dtype, products = dtype, native.multiplied(dtype)
-        self.layers = [AxisSum(stem.constant_into_columns(kernels, bias), None, products)]
-        self.layers += [AxisSum(*folded_branches(layer), products) for layer in layers[2:]]
+        self.dtype, self.multiplied = dtype, native.multiplied(dtype)
+        self.layers = [AxisSum(stem.constant_into_columns(kernels, bias), None, self.multiplied)]
+        self.layers += [AxisSum(*folded_branches(layer), self.multiplied) for layer in layers[2:]]
 
     def __call__(self, volume: Tensor) -> Tensor:
         """[B, 1, D, H, W] -> [B, D', H', W', C]."""
-        x = stem.columns(volume, self.dtype)  # [B, D', H', W', 20]
+        x = stem.columns(volume, self.multiplied)  # [B, D', H', W', 20]
         for layer in self.layers:
             x = layer(x)  # [B, D', H', W', C]
-        return x
+        return x.to(self.dtype)
 
 
 def pooling(block: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -55,9 +55,7 @@ def built() -> Path:
     path = cache_folder() / f"kernels-{fingerprint()}.so"
     if path.exists():
         return path
-    compiler = shlex.split(os.environ.get("CXX") or "g++")  # options may follow, as usual
-    if shutil.which(compiler[0]) is None:
-        raise CannotBuild(f"no C++ compiler ({compiler[0]}) on PATH")
+    compiler = compiler_command()
     if get_worker_info() is not None:
         raise CannotBuild("workers of a data loader do not compile them")
     try:
@@ -71,6 +69,18 @@ def built() -> Path:
             logger.info("Compiling the encoder's kernels for this processor (once, some seconds): %s", path)
             compile_to(path, compiler)
     return path
+
+
+def compiler_command() -> list[str]:
+    """The command that `CXX` names, which options may follow, or g++; CannotBuild if there is none."""
+    wish = os.environ.get("CXX") or "g++"
+    try:
+        command = [wish] if shutil.which(wish) else shlex.split(wish)
+    except ValueError as error:
+        raise CannotBuild(f"CXX={wish}: {error}") from None
+    if not command or shutil.which(command[0]) is None:
+        raise CannotBuild(f"no C++ compiler ({wish}) on PATH")
+    return command
 
 
 def compile_to(path: Path, compiler: list[str]) -> None:
@@ -101,8 +111,9 @@ def cache_folder() -> Path:
 
 
 def fingerprint() -> str:
-    """Of the sources, the flags and what this processor can do: a home folder may serve several machines."""
-    digest = hashlib.sha256(" ".join([*FLAGS, platform.system(), platform.machine()]).encode())
+    """Of the sources, the compiler and what this processor can do: a home folder may serve several machines."""
+    parts = [os.environ.get("CXX") or "g++", *FLAGS, platform.system(), platform.machine()]
+    digest = hashlib.sha256(" ".join(parts).encode())
     for source in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(source.read_bytes())
     info = Path("/proc/cpuinfo")
