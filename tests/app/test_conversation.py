@@ -25,7 +25,8 @@ def afresh(page, server, script):
 
 
 def test_an_answer_streams_and_says_how_it_came_about(page, script):
-    script.text, script.pause = "A large cyst is seen in the liver. Nothing else.", 0.02
+    script.text = " ".join(["A large cyst is seen in the liver."] * 4)
+    script.pause = 0.03  # a letter; 4 s in all, so that a browser that stands still for a second sees parts of it
     page.fill("#question textarea", "What is seen?")
     page.locator("#question textarea").press("Enter")
     lengths = []
