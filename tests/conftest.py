@@ -1,4 +1,4 @@
-"""What holds for every test: the --slow option, the two markers, and Triton's interpreter where there is no GPU."""
+"""What holds for every test: the --slow option, two markers, torch's threads, Triton's interpreter where no GPU is."""
 
 import os
 from pathlib import Path
@@ -19,6 +19,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Code that computes on one thread, as the preparation does, leaves the next tests theirs."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def _has_cuda() -> bool:

@@ -122,7 +122,7 @@ class BatchNorm(nn.BatchNorm3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, D, H, W] -> [B, C, D, H, W]."""
-        if self.weight.dtype == self.running_mean.dtype:
+        if self.weight is None or self.running_mean is None or self.weight.dtype == self.running_mean.dtype:
             return super().forward(x)
         if self.training:
             self.num_batches_tracked.add_(1)
@@ -221,6 +221,7 @@ class DCFormer(nn.Module):
         self.encoder = nn.ModuleDict({"s0": _stem(variant.channels[0])})
         for stage in range(1, NUM_LEVELS):
             self.encoder[f"s{stage}"] = _stage(variant, stage)
+        self.built = choice.forms_of(self)
 
     @classmethod
     def from_variant(cls, name: str, input_size: tuple[int, int, int] = (256, 256, 128)) -> DCFormer:
@@ -266,12 +267,14 @@ class DCFormer(nn.Module):
 
     def train(self, mode: bool = True) -> DCFormer:
         """As in torch. Weights may have changed unseen (by way of `.data`) where the mode changes: folded ones go."""
-        self.fused_cache = {}
+        if mode != self.training:
+            self.fused_cache = {}
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):  # .to(), .half(), .cuda(), ...
-        self.fused_cache = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        choice.drop_stale(self)
+        return self
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"fused_cache": {}}  # copies and pickles hold no folded weights

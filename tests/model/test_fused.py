@@ -40,7 +40,7 @@ def assert_follows(encoder: DCFormer, volume: torch.Tensor) -> None:
 @pytest.mark.parametrize("formulation", [plain_hidden_states, published_hidden_states])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_encoder_is_the_published_formulation(mode, formulation):
-    encoder, volume = encoder_of("nano"), rule_volume("fused", (2, 1, 18, 35, 40))
+    encoder, volume = encoder_of("nano"), rule_volume("fused", (2, 1, 34, 67, 72))
     encoder.train(mode == "train")
     encoder.fused = "off"
     for state, expected in zip(encoder(volume), formulation(copy.deepcopy(encoder), volume), strict=True):
@@ -166,6 +166,15 @@ def write_through_data(encoder):
     encoder.eval()
 
 
+def write_unseen(encoder):  # as collectives do
+    encoder.encoder["s1"][0].dwconv.c1[1].running_mean.detach().numpy()[:] += 1
+
+
+def write_through_data_alone(encoder):
+    for parameter in encoder.parameters():
+        parameter.data.mul_(0.9)
+
+
 def replace_a_parameter(encoder):
     encoder.encoder["s1"][0].scale = nn.Parameter(torch.full((32,), 0.3))
 
@@ -173,16 +182,30 @@ def replace_a_parameter(encoder):
 @pytest.mark.parametrize(
     "change",
     [change_in_place, change_a_running_mean, load_others, assign_others, round_to_bfloat16_and_back, train_one_step,
-     write_through_data, replace_a_parameter],
+     write_through_data, write_through_data_alone, write_unseen, replace_a_parameter],
 )  # fmt: skip
 def test_folded_weights_follow(change):
     encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
     assert_follows(encoder, volume)
     cache = encoder.fused_cache[torch.float32]
     assert_follows(encoder, volume)
+    assert_follows(encoder.eval().to("cpu"), volume)
     assert encoder.fused_cache[torch.float32] is cache, "folded again without need"
     change(encoder)
     assert_follows(encoder, volume)
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"], ids=["kernels", "no kernels"])
+def test_folded_weights_let_go_of_parameters(kernels, monkeypatch):
+    """torch swaps two tensors only where nothing else holds them."""
+    monkeypatch.setenv("MED3DVLM_FUSED", kernels)
+    encoder, volume = encoder_of(), rule_volume("fused", (1, 1, 16, 32, 32))
+    assert_follows(encoder, volume)
+    for parameter in encoder.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(0.9 * parameter.detach(), requires_grad=False))
+    assert_follows(encoder, volume)
+    encoder.to(torch.bfloat16)
+    assert not encoder.fused_cache
 
 
 def test_copies_and_files_hold_no_folded_weights():
@@ -245,18 +268,74 @@ def approximate_gelu(encoder):
     encoder.encoder["s1"][0].mlp.mlp[1].approximate = "tanh"
 
 
+CHANGED = "a layer was replaced or its settings were changed: "
+
+
+def take_out_gelu(encoder):
+    encoder.encoder["s2"][0].mlp.mlp[1] = nn.Identity()
+
+
+def activate_twice(encoder):
+    encoder.encoder["s2"][0].mlp.mlp[2] = nn.GELU()
+
+
+def pool_otherwise(encoder):
+    encoder.encoder["s2"][0].pool = nn.MaxPool3d(2, 2)
+
+
+def pool_without_padding(encoder):
+    encoder.encoder["s2"][0].pool.padding = 0
+
+
+def add_a_bias(encoder):
+    encoder.encoder["s2"][0].proj.bias = nn.Parameter(torch.ones(64))
+
+
+def take_away_biases(encoder):
+    encoder.encoder["s0"][0][1].c2[0].bias = None
+    encoder.encoder["s2"][0].mlp.mlp[3].bias = None
+
+
+def take_out_a_norm(encoder):
+    encoder.encoder["s2"][0].dwconv.c3[1] = nn.Identity()
+
+
+def add_a_block(encoder):
+    encoder.encoder["s2"].append(nn.Identity())
+
+
+def lengthen_a_kernel(encoder):
+    conv = encoder.encoder["s2"][0].dwconv.c1[0]
+    conv.kernel_size, conv.padding, conv.weight = (5, 1, 1), (2, 0, 0), nn.Parameter(torch.ones(64, 1, 5, 1, 1))
+
+
+def drop_running_statistics(encoder):
+    norm = encoder.encoder["s2"][0].dwconv.c2[1]
+    norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, None, None, None
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
+        (take_out_gelu, CHANGED + "Identity"),
+        (activate_twice, CHANGED + "GELU"),
+        (pool_otherwise, CHANGED + "MaxPool3d(kernel_size=2"),
+        (pool_without_padding, CHANGED + "MaxPool3d(kernel_size=3, stride=2, padding=0"),
+        (add_a_bias, CHANGED + "PointwiseConv"),
+        (take_away_biases, CHANGED + "ConvWithinSlices(16, 16, kernel_size=(1, 3, 1)"),
+        (take_out_a_norm, CHANGED + "Identity"),
+        (add_a_block, CHANGED + "Sequential"),
+        (lengthen_a_kernel, CHANGED + "ConvWithinSlices(64, 64, kernel_size=(5, 1, 1)"),
+        (drop_running_statistics, CHANGED + "BatchNorm(64"),
         (add_a_hook, "layers have hooks"),
-        (replace_a_layer, "a layer was replaced by Scaled"),
+        (replace_a_layer, CHANGED + "Scaled"),
         (mark_as_sharded, "the weights are sharded"),
         (use_float64, "oneDNN does not take torch.float64"),
         (add_a_backward_hook, "layers have hooks"),
         (add_a_backward_pre_hook, "layers have hooks"),
-        (change_an_eps, "a layer's settings were changed: BatchNorm(64, eps=0.5"),
-        (take_cumulative_averages, "a layer's settings were changed: BatchNorm(64"),
-        (approximate_gelu, "a layer's settings were changed: GELU(approximate='tanh')"),
+        (change_an_eps, CHANGED + "BatchNorm(64, eps=0.5"),
+        (take_cumulative_averages, CHANGED + "BatchNorm(64"),
+        (approximate_gelu, CHANGED + "GELU(approximate='tanh')"),
     ],
 )
 def test_what_cannot_be_folded_takes_the_plain_path(change, reason, caplog):

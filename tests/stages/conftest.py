@@ -12,7 +12,7 @@ def stages(tmp_path_factory):
     return write_stages(tmp_path_factory.mktemp("stages"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread():
     """Sums in the same order whatever the machine, so that two runs can be compared to the bit; module fixtures too."""
     threads = torch.get_num_threads()

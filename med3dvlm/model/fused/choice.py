@@ -17,8 +17,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -131,31 +131,64 @@ def smallest_count(encoder: nn.Module, volume: Tensor) -> int:
 
 def plain_tensors(encoder: nn.Module) -> tuple[list[Tensor], str]:
     """The encoder's parameters and buffers, and what keeps them from being all that its result depends on."""
-    modules, tensors = [encoder], []
-    for module in modules:  # as `encoder.modules()`, which takes several times as long
-        kind, state = type(module), vars(module)
-        if kind.__module__ != type(encoder).__module__ and kind not in _TORCH_LAYERS:
-            return tensors, f"a layer was replaced by {kind.__name__}"
+    tensors: list[Tensor] = []
+    for module, form in zip(_modules(encoder), encoder.built, strict=False):  # a difference in number is one in form
+        state = vars(module)
         hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
         if module is not encoder and (hooks or state["_backward_pre_hooks"] or "forward" in state):
             return tensors, "layers have hooks"
-        if "eps" in state and (state["eps"] != 1e-5 or state["momentum"] is None or not state["track_running_stats"]):
-            return tensors, f"a layer's settings were changed: {module}"
-        if state.get("approximate", "none") != "none":
-            return tensors, f"a layer's settings were changed: {module}"
+        found = {name: t for name, t in (*state["_parameters"].items(), *state["_buffers"].items()) if t is not None}
+        if form != form_of(module, found):
+            what = type(module).__name__ if state["_modules"] else module
+            return tensors, f"a layer was replaced or its settings were changed: {what}"
         if state["training"] != encoder.training:
             return tensors, "some layers are in training mode and some are not"
-        modules += [child for child in state["_modules"].values() if child is not None]
-        tensors += [t for t in (*state["_parameters"].values(), *state["_buffers"].values()) if t is not None]
-    for tensor in tensors:
-        if hasattr(tensor, "ds_id") or type(tensor) not in (nn.Parameter, Tensor):
-            return tensors, "the weights are sharded"
-        if tensor.is_inference():
-            return tensors, "the weights were made in inference mode, where changes cannot be noticed"
-    return tensors, "" if next(encoder.parameters(), None) is not None else "the weights are replicas"
+        for tensor in found.values():
+            if hasattr(tensor, "ds_id") or type(tensor) not in (nn.Parameter, Tensor):
+                return tensors, "the weights are sharded"
+            if tensor.is_inference():
+                return tensors, "the weights were made in inference mode, where changes cannot be noticed"
+        tensors += found.values()
+    return tensors, ""
 
 
-_TORCH_LAYERS = {nn.ModuleDict, nn.Sequential, nn.Identity, nn.MaxPool3d, nn.Linear, nn.GELU}
+def forms_of(encoder: nn.Module) -> list[tuple]:
+    """What decides on the result besides the values of tensors, layer by layer. That of a new encoder is `built`."""
+    found = []
+    for module in _modules(encoder):
+        names = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        found.append(form_of(module, names))
+    return found
+
+
+def form_of(module: nn.Module, tensors: Iterable[str]) -> tuple:
+    """The class of one layer, the names of those inside it, its settings, the names of its own tensors."""
+    layers = [name for name, layer in vars(module)["_modules"].items() if layer is not None]
+    return type(module), layers, _settings(type(module))(module), set(tensors)
+
+
+def _modules(encoder: nn.Module) -> Iterator[nn.Module]:
+    """As `encoder.modules()`, which takes several times as long, but level by level."""
+    modules = [encoder]
+    for module in modules:
+        yield module
+        modules += [layer for layer in vars(module)["_modules"].values() if layer is not None]
+
+
+@functools.cache
+def _settings(kind: type) -> Callable[[nn.Module], object]:
+    for base, names in _SETTINGS.items():
+        if issubclass(kind, base):
+            return attrgetter(*names)
+    return lambda module: None
+
+
+_SETTINGS = {
+    nn.Conv3d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm3d: ("eps", "momentum", "track_running_stats"),
+    nn.MaxPool3d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.GELU: ("approximate",),
+}
 
 
 @functools.cache
@@ -163,20 +196,29 @@ def _log_once(message: str, level: int = logging.INFO) -> None:
     logger.log(level, message)
 
 
-@dataclass
 class Cache:
     """Folded weights and what they were folded from.
 
-    The sources are kept, so that no other tensor can come to lie at the address of one that was replaced.
+    The sources are kept, so that no other tensor can come to lie at the address of one that was replaced. Writes
+    through `.data` and by collectives (`all_reduce`, `broadcast`) are seen by a sample of numbers.
     """
 
-    sources: list[Tensor]
-    states: list[tuple[int, int]]
-    folded: Callable[[Tensor], list[Tensor]]
+    def __init__(self, tensors: list[Tensor], folded: Callable[[Tensor], list[Tensor]]):
+        self.sources = [tensor.detach() for tensor in tensors]
+        self.states, self.folded = states_of(tensors), folded
+        on_cpu = [
+            tensor for tensor in self.sources if tensor.device.type == "cpu"
+        ]  # others would have to be waited for
+        self.some = [tensor[(slice(16), *[0] * (tensor.ndim - 1))] for tensor in on_cpu if tensor.ndim]
+        self.sample = self._look()
 
     def is_current(self, tensors: list[Tensor]) -> bool:
         """Whether the present tensors are those that were folded, unchanged."""
-        return self.states == states_of(tensors)
+        return self.states == states_of(tensors) and torch.equal(self.sample, self._look())
+
+    def _look(self) -> Tensor:
+        """Up to 16 numbers of each tensor on the CPU, as bytes: a NaN equals itself."""
+        return torch.cat(self.some).view(torch.uint8) if self.some else torch.empty(0)
 
 
 def states_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
@@ -184,13 +226,18 @@ def states_of(tensors: list[Tensor]) -> list[tuple[int, int]]:
     return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
+def drop_stale(encoder: nn.Module) -> None:
+    """Let go of folded weights that no longer are the encoder's."""
+    tensors, _ = plain_tensors(encoder)
+    encoder.fused_cache = {d: cache for d, cache in encoder.fused_cache.items() if cache.is_current(tensors)}
+
+
 def _infer(encoder: nn.Module, fold: type, dtype: torch.dtype, tensors: list[Tensor], volume: Tensor) -> list[Tensor]:
     """[B, 1, D, H, W] -> the hidden states, in the dtypes that the plain code returns."""
     with torch.no_grad(), torch.autocast(volume.device.type, enabled=False):
         cache = encoder.fused_cache.get(dtype)
         if cache is None or not cache.is_current(tensors):
-            sources = [tensor.detach() for tensor in tensors]
-            cache = encoder.fused_cache[dtype] = Cache(sources, states_of(tensors), fold(encoder, dtype))
+            cache = encoder.fused_cache[dtype] = Cache(tensors, fold(encoder, dtype))
         stem_state, *states = cache.folded(volume)
     residual = torch.promote_types(dtype, next(encoder.parameters()).dtype)
     return [stem_state.to(dtype), *(state.to(residual) for state in states)]

@@ -58,10 +58,11 @@ class NativeFeedForward:
     """The same by the C++ kernels."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
-        expand, contract = block.mlp.mlp[0], block.mlp.mlp[3]
-        self.expand = (compiled.panels(expand.weight, dtype), expand.bias.float().contiguous())
-        self.contract = (compiled.panels(contract.weight, dtype), contract.bias.float().contiguous())
-        self.scale = block.scale.float().contiguous()
+        expand, contract, scale = block.mlp.mlp[0], block.mlp.mlp[3], block.scale
+        biases = (tensor.detach().float().contiguous() for tensor in (expand.bias, contract.bias, scale))
+        expand_bias, contract_bias, self.scale = biases
+        self.expand = (compiled.panels(expand.weight, dtype), expand_bias)
+        self.contract = (compiled.panels(contract.weight, dtype), contract_bias)
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
         compiled.feed_forward(x, y, self.expand, self.contract, self.scale, out=x)

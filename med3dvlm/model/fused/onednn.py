@@ -60,8 +60,9 @@ class Conv:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, dilation: int = 1, groups: int = 1):
-        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        self.bias = None if bias is None else bias.to(dtype).contiguous()
+        # Detached: a view would hold on to the parameter, which torch then could not swap.
+        self.weight = weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
         self.dilation, self.groups = dilation, groups
         self.prepared: tuple[tuple, Tensor, tuple] | None = None
 
