@@ -387,6 +387,15 @@ def test_those_who_start_together_compile_once(fresh, monkeypatch):
     assert log.read_text() == "called\n"
 
 
+@pytest.mark.parametrize("damage", [b"", b"libr", b"other"])
+def test_a_damaged_library_is_compiled_again(fresh, monkeypatch, damage):
+    """Half of one, loaded, would end the process."""
+    monkeypatch.setenv("CXX", compiler(fresh, 'while [ "$1" != -o ]; do shift; done; echo library >"$2"'))
+    path = build.built()
+    path.write_bytes(damage)
+    assert build.built() == path and path.read_text() == "library\n"
+
+
 def test_the_file_is_another_for_other_sources(monkeypatch, tmp_path):
     before = build.fingerprint()
     for source in build.FOLDER.glob("*.[ch]*"):

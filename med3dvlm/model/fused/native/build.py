@@ -52,8 +52,9 @@ def built() -> Path:
         CannotBuild: no compiler, it failed, or this is a worker of a data loader, which does not compile.
         OSError: the cache folder cannot be written.
     """
-    path = cache_folder() / f"kernels-{fingerprint()}.so"
-    if path.exists():
+    folder, name = cache_folder(), f"kernels-{fingerprint()}"
+    path = whole(folder, name)
+    if path is not None:
         return path
     compiler = compiler_command()
     if get_worker_info() is not None:
@@ -62,13 +63,23 @@ def built() -> Path:
         import fcntl
     except ImportError:
         raise CannotBuild("they are compiled on Linux and macOS only") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            logger.info("Compiling the encoder's kernels for this processor (once, some seconds): %s", path)
-            compile_to(path, compiler)
+        path = whole(folder, name)
+        if path is None:
+            logger.info("Compiling the encoder's kernels for this processor (once, some seconds), into %s", folder)
+            path = compiled(folder, name, compiler)
     return path
+
+
+def whole(folder: Path, name: str) -> Path | None:
+    """The library of this name, which ends in its digest: one of which a part is missing would end the process."""
+    return next((path for path in folder.glob(f"{name}-*.so") if path.stem == f"{name}-{digest(path)}"), None)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def compiler_command() -> list[str]:
@@ -83,9 +94,9 @@ def compiler_command() -> list[str]:
     return command
 
 
-def compile_to(path: Path, compiler: list[str]) -> None:
+def compiled(folder: Path, name: str, compiler: list[str]) -> Path:
     """Compile the sources beside this file to a shared library, which appears whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished = folder / f"{name}.{os.getpid()}"
     command = [*compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(unfinished)]
     try:
         outcome = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
@@ -94,8 +105,10 @@ def compile_to(path: Path, compiler: list[str]) -> None:
             reason = next((line for line in lines if "error" in line), lines[-1])
             raise CannotBuild(f"{compiler[0]} failed ({outcome.returncode}): {reason}")
         with open(unfinished, "rb") as written:
-            os.fsync(written.fileno())  # half a library would end each later process
+            os.fsync(written.fileno())
+        path = folder / f"{name}-{digest(unfinished)}.so"
         os.replace(unfinished, path)
+        return path
     except subprocess.TimeoutExpired:
         raise CannotBuild(f"{compiler[0]} took more than {LIMIT} s") from None
     finally:
