@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass
@@ -34,15 +35,15 @@ def alternate(candidates: dict[str, Callable[[], object]], repeats: int = 5, war
     What slows the machine down for a while then hits all candidates alike. On a GPU each call is waited for.
     """
     times = {name: Times() for name in candidates}
-    for repetition in range(-warmup, repeats):
-        for name, call in candidates.items():
-            _synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            _synchronize()
-            if repetition >= 0:
-                times[name].wall.append(time.perf_counter() - wall)
-                times[name].cpu.append(time.process_time() - cpu)
+    calls = [(repetition, name) for repetition in range(-warmup, repeats) for name in candidates]
+    for repetition, name in tqdm(calls, desc="timing", leave=False, disable=None):  # where bfloat16 is emulated, minutes
+        _synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        candidates[name]()
+        _synchronize()
+        if repetition >= 0:
+            times[name].wall.append(time.perf_counter() - wall)
+            times[name].cpu.append(time.process_time() - cpu)
     return times
 
 
