@@ -36,7 +36,7 @@ def alternate(candidates: dict[str, Callable[[], object]], repeats: int = 5, war
     """
     times = {name: Times() for name in candidates}
     calls = [(repetition, name) for repetition in range(-warmup, repeats) for name in candidates]
-    for repetition, name in tqdm(calls, desc="timing", leave=False, disable=None):  # where bfloat16 is emulated, minutes
+    for repetition, name in tqdm(calls, desc="timing", leave=False, disable=None):
         _synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         candidates[name]()
