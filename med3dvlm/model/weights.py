@@ -183,11 +183,17 @@ def read_weights(folder: str | Path, device: str = "cpu", convert: Convert | Non
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str = "5GB") -> None:
-    """Write `model.safetensors`, or shards with their index, and remove weights that were there before."""
+    """Write `model.safetensors`, or shards with their index, and remove weights that were there before.
+
+    An older index goes before shards of its names are written, so that nobody reads a mixture after an interruption.
+    """
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     patterns = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "*.index.json")
+    if plan.is_sharded:
+        for index in folder.glob("*.index.json"):
+            index.unlink()
     stale = {file for pattern in patterns for file in folder.glob(pattern)}
     for name, keys in plan.filename_to_tensors.items():
         write_tensors({key: tensors[key] for key in keys}, folder / name)

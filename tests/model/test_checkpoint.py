@@ -21,6 +21,7 @@ from med3dvlm.model.weights import (
     read_weights,
     write_json,
     write_tensors,
+    write_weights,
     written_atomically,
 )
 from tests.helpers.golden import GOLDEN_DIR, rule_tensor
@@ -422,6 +423,29 @@ def test_an_interrupted_extraction_over_an_older_one_is_refused(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         checkpoint.extract(tmp_path, "language_model")
     assert not (target / "config.json").exists()
+
+
+def test_an_interrupted_write_over_older_shards_holds_no_weights(tmp_path, monkeypatch):
+    """Neither the older ones nor, as the names of the shards are the same, a mixture."""
+    old, new = ({key: torch.full((10,), value) for key in "abc"} for value in (0.0, 1.0))
+    write_weights(old, tmp_path, max_shard_size=40)
+    assert_same_bits(read_weights(tmp_path), old)
+    written = []
+
+    def interrupted(tensors, path):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_tensors(tensors, path)
+
+    monkeypatch.setattr("med3dvlm.model.weights.write_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(new, tmp_path, max_shard_size=40)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_weights(tmp_path)
+    monkeypatch.undo()
+    write_weights(new, tmp_path, max_shard_size=40)
+    assert_same_bits(read_weights(tmp_path), new)
 
 
 def test_parameters_on_meta_keeps_buffers():
