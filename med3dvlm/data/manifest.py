@@ -2,8 +2,8 @@
 
 Layouts as published: the json maps split names to lists of `{"image": path, "text": path}`; a table has the columns
 `Image Path, Question Type, Question, Choice A .. Choice D, Answer, Answer Choice`, of which the choices may be left
-out. Paths are relative to the data root. Cells are text: "None" is an answer like any other, and only in a choice does
-"NA" (or nothing) mean that there is none.
+out. Paths are relative to the data root. Cells are text: "None" is an answer like any other, and only in a choice that
+is not the right one does "NA" (or nothing) mean that there is none.
 """
 
 import codecs
@@ -13,9 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from med3dvlm.data.choices import CHOICE_LETTERS, read_choices
 from med3dvlm.data.files import atomic_path, write_bytes
 
-CHOICE_LETTERS = ("A", "B", "C", "D")
 CAPTION_MANIFEST = "M3D_Cap.json"
 PATIENTS_TABLE, LABELS_TABLE = "patients.csv", "labels.csv"  # beside it, where they are known
 PATH_COLUMN = "Image Path"
@@ -57,6 +57,7 @@ class VQARecord:
     """One question about one image.
 
     choices: the texts of A to D, None where a choice is missing; empty where the table has no such columns.
+    answer_choice: the letter of the right one, also where the table names it by its text; else what stands there.
     question_type: a number as published (1 plane, 2 phase, 3 organ, 4 abnormality, 5 location), else the text.
     """
 
@@ -129,14 +130,15 @@ def _vqa_record(cells: dict, row: str, path, data_root) -> VQARecord:
     empty = [name for name in REQUIRED_COLUMNS if cells[name] is None]
     if empty:
         raise ManifestError(f"{path}, row {row}: ends before the column {empty[0]}")
-    choices = [cells[f"Choice {letter}"] for letter in CHOICE_LETTERS if f"Choice {letter}" in cells]
+    texts = [cells[f"Choice {letter}"] for letter in CHOICE_LETTERS if f"Choice {letter}" in cells]
+    choices, letter = read_choices(texts, cells["Answer"], cells["Answer Choice"].strip())
     question_type = cells["Question Type"]
     return VQARecord(
         image=str(Path(data_root) / cells[PATH_COLUMN]),
         question=cells["Question"],
-        choices=tuple(None if choice in ("NA", "", None) else choice for choice in choices),
+        choices=choices,
         answer=cells["Answer"],
-        answer_choice=cells["Answer Choice"].strip(),
+        answer_choice=letter,
         question_type=int(question_type) if question_type.isdecimal() else question_type,
         row=row,
         manifest=str(path),

@@ -44,6 +44,32 @@ def test_cells_are_text(tmp_path):
     assert record.answer == "NA"
 
 
+@pytest.mark.parametrize("choices, answer, chosen, expected", [
+    (["cyst", "NA", "NA", "NA"], "NA", "B", ("cyst", "NA", None, None)),  # a right choice that reads so is one
+    (["cyst", "NA", "NA", "NA"], "NA ", " B", ("cyst", "NA", None, None)),
+    (["cyst", "NA", "NA", "NA"], "cyst", "A", ("cyst", None, None, None)),
+    (["cyst", "NA", "NA", "NA"], "mass", "B", ("cyst", None, None, None)),  # a contradiction
+    (["cyst", "", "", ""], "", "B", ("cyst", None, None, None)),
+])  # fmt: skip
+def test_the_right_choice_may_read_na(tmp_path, choices, answer, chosen, expected):
+    table = write_table(tmp_path / "q.csv", [[*ROW[:4], *choices, answer, chosen]])
+    assert read_vqa_csv(table, tmp_path, check_files=False)[0].choices == expected
+
+
+@pytest.mark.parametrize("choices, chosen, letter", [
+    (["Yes", "No", "", ""], "Yes", "A"), (["Yes", "No", "", ""], " no. ", "B"), (["Yes", "No", "", ""], "B", "B"),
+    (["Yes", "yes", "", ""], "Yes", "Yes"), (["Yes", "No", "", ""], "Maybe", "Maybe"),  # none, or not one alone
+    (["B", "A", "", ""], "A", "A"), (["B", "C", "", ""], "b", "b"),  # a letter is a letter, or nobody knows
+    (["Yes", " ", "", ""], "", ""), (["Yes", "NA", "", ""], "NA", "NA"),
+])  # fmt: skip
+def test_a_choice_named_by_its_text_gets_its_letter(tmp_path, choices, chosen, letter):
+    table = write_table(tmp_path / "q.csv", [[*ROW[:4], *choices, "Yes", chosen]])
+    (record,) = read_vqa_csv(table, tmp_path, check_files=False)
+    assert record.answer_choice == letter
+    if letter in record.letters:
+        manifest.check_closed([record])
+
+
 def test_index_and_note_columns_and_byte_order_mark(tmp_path):
     (tmp_path / "a.nii.gz").touch()
     path = write_table(tmp_path / "q.csv", [[7, *ROW, "a note"]], ["", *VQA_COLUMNS, "Note"])

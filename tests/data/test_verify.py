@@ -15,7 +15,7 @@ from med3dvlm.data.checks.findings import KINDS
 from med3dvlm.data.checks.leakage import case_of, similar_pairs
 from med3dvlm.data.checks.texts import identifiers
 from med3dvlm.data.checks.volumes import block_means, out_of_order, repeated_slices
-from med3dvlm.data.manifest import rename_manifest
+from med3dvlm.data.manifest import check_closed, read_vqa_csv, rename_manifest
 from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.profile import DataProfile, write_preparation
 from med3dvlm.data.volume import write_prepared
@@ -171,7 +171,8 @@ def test_choices_and_answers_that_disagree(tree):
         [image, "", 1, "", "Axial", "Coronal", "NA", "", "Axial", "A"],
         [image, "", 1, "Which plane?", "Axial", "Coronal", "NA", "", "Axial", " A"],  # blanks around a letter are none
     ]
-    write_table(tree / "M3D-VQA" / "M3D_VQA_train.csv", rows)
+    table = write_table(tree / "M3D-VQA" / "M3D_VQA_train.csv", rows)
+    check_closed(read_vqa_csv(table, tree)[:2])  # which agrees
     code, results, _ = check(tree)
     assert code == 1
     assert results["counts"] == {"empty_text": 1, "answer_letter": 1, "answer_text": 1, "same_choices": 1}
