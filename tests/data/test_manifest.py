@@ -115,6 +115,23 @@ def test_bad_csv(tmp_path):
         read_vqa_csv(write_table(tmp_path / "q.csv", [], ["Image Path", "Question", "Answer"]), tmp_path)
     with pytest.raises(ManifestError, match=r"row 0 \(line 3\): ends before the column Answer"):
         read_vqa_csv(write_table(tmp_path / "q.csv", [ROW[:6]]), tmp_path)
+    with pytest.raises(ManifestError, match=r"q.csv, row 1 \(line 5\): more cells than columns; .* quotes$"):
+        read_vqa_csv(write_table(tmp_path / "q.csv", [ROW, [*ROW, ""]]), tmp_path)
+
+
+def test_no_error_repeats_what_a_manifest_says_about_a_patient(tmp_path):
+    """A report with commas and without quotes moves its pieces into other columns, and no heading makes a row one."""
+    (tmp_path / "commas.csv").write_text(f"{','.join(VQA_COLUMNS)}\na,,1,Where?,a,b,,,A mass, in Secret,B\n")
+    (tmp_path / "moved.csv").write_text(f"{','.join(VQA_COLUMNS)}\na,,1,Where,is it?,a,b,,,Secret\n")
+    (tmp_path / "heading.csv").write_text("a,,1,How is Secret?,a,b,,,b,B\n")
+    for name in ("commas", "moved", "heading"):
+        with pytest.raises(ManifestError) as error:
+            manifest.check_closed(read_vqa_csv(tmp_path / f"{name}.csv", tmp_path, check_files=False))
+        assert f"{name}.csv" in str(error.value) and "Secret" not in str(error.value)
+    (tmp_path / "m.json").write_text('{"train": [{"image": "a", "report": "Secret"}]}')
+    with pytest.raises(ManifestError, match=r"row train\[0\]") as error:
+        read_caption_manifest(tmp_path / "m.json", tmp_path, "train")
+    assert "Secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("letter", ["C", "E", "NA", "", "a", "(A)", "AB"])
@@ -122,14 +139,15 @@ def test_a_closed_question_names_one_of_its_choices(tmp_path, letter):
     table = write_table(tmp_path / "q.csv", [ROW, [*ROW[:9], letter], [*ROW[:9], letter]])
     records = read_vqa_csv(table, tmp_path, check_files=False)
     manifest.check_closed(records[:1])
-    expected = f"q.csv, row 1 (line 5): Answer Choice {letter!r} is none of its choices (A, B) (and 1 more)"
+    shown = repr(letter) if len(letter) <= 2 else f"(a text of {len(letter)} characters)"
+    expected = f"q.csv, row 1 (line 5): Answer Choice {shown} is none of its choices (A, B) (and 1 more)"
     with pytest.raises(ManifestError, match=re.escape(expected)):
         manifest.check_closed(records)
 
 
 def test_a_table_without_choices_is_not_closed(tmp_path):
     table = write_table(tmp_path / "q.csv", [[*ROW[:4], "NA", "", "NA", "NA", "cyst", "A"]])
-    with pytest.raises(ManifestError, match=r"q.csv, row 0 .*it has none\).*--vqa_yn_data_train_path.*--close_ended"):
+    with pytest.raises(ManifestError, match=r"q.csv, row 0 .*it has none\).*LoRA stage .*--vqa_yn_data.*--close_ended"):
         manifest.check_closed(read_vqa_csv(table, tmp_path, check_files=False))
 
 
