@@ -285,6 +285,16 @@ def test_a_broken_manifest_is_a_finding(tree, content):
     code, results, _ = check(tree)
     assert code == 1 and len(found(results, "manifest")) == 2
     assert "Secret" not in json.dumps(results)
+    for finding in found(results, "manifest"):  # results are handed on: nothing of where the data lie
+        assert finding["detail"] and str(tree) not in finding["detail"]
+
+
+def test_a_table_that_cannot_be_opened_is_named_without_its_folder(tree):
+    """The system's own message has the path in it."""
+    (tree / "M3D-VQA" / "M3D_VQA_val.csv").unlink()
+    (tree / "M3D-VQA" / "M3D_VQA_val.csv").mkdir()
+    [finding] = found(check(tree)[1], "manifest")
+    assert "cannot be read" in finding["detail"] and str(tree) not in finding["detail"]
 
 
 def test_a_byte_order_mark_does_not_matter(tree):
