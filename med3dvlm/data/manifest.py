@@ -2,8 +2,8 @@
 
 Layouts as published: the json maps split names to lists of `{"image": path, "text": path}`; a table has the columns
 `Image Path, Question Type, Question, Choice A .. Choice D, Answer, Answer Choice`, of which the choices may be left
-out. Paths are relative to the data root. Cells are text: "None" is an answer like any other, and only in a choice does
-"NA" (or nothing) mean that there is none.
+out. Paths are relative to the data root. Cells are text: "None" is an answer like any other, and only in a choice that
+is not the right one does "NA" (or nothing) mean that there is none.
 """
 
 import codecs
@@ -13,9 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from med3dvlm.data.choices import CHOICE_LETTERS, read_choices
 from med3dvlm.data.files import atomic_path, write_bytes
 
-CHOICE_LETTERS = ("A", "B", "C", "D")
 CAPTION_MANIFEST = "M3D_Cap.json"
 PATIENTS_TABLE, LABELS_TABLE = "patients.csv", "labels.csv"  # beside it, where they are known
 PATH_COLUMN = "Image Path"
@@ -57,6 +57,7 @@ class VQARecord:
     """One question about one image.
 
     choices: the texts of A to D, None where a choice is missing; empty where the table has no such columns.
+    answer_choice: the letter of the right one, also where the table names it by its text; else what stands there.
     question_type: a number as published (1 plane, 2 phase, 3 organ, 4 abnormality, 5 location), else the text.
     """
 
@@ -98,7 +99,7 @@ def read_caption_manifest(path, data_root, split: str, check_files: bool = True)
     for number, entry in enumerate(data[split]):
         row = f"{split}[{number}]"
         if not isinstance(entry, dict) or not {"image", "text"} <= entry.keys():
-            raise ManifestError(f"{path}, row {row}: expected an object with image and text, found {entry!r:.200}")
+            raise ManifestError(f"{path}, row {row}: expected an object with image and text")
         image, text = (str(Path(data_root) / entry[key]) for key in ("image", "text"))
         records.append(CaptionRecord(image, text, row, str(path)))
     if check_files:
@@ -114,7 +115,9 @@ def read_vqa_csv(path, data_root, check_files: bool = True) -> list[VQARecord]:
             reader = csv.DictReader(file)
             missing = [name for name in REQUIRED_COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
-                raise ManifestError(f"{path}: lacks the columns {', '.join(missing)}; found {reader.fieldnames}")
+                # Without a heading, the first line is a question about a patient.
+                found = reader.fieldnames if len(missing) < len(REQUIRED_COLUMNS) else "none of them in its first line"
+                raise ManifestError(f"{path}: lacks the columns {', '.join(missing)}; found {found}")
             for number, cells in enumerate(reader):
                 # Rows count from 0, as the index column of the published tables does.
                 records.append(_vqa_record(cells, f"{number} (line {reader.line_num})", path, data_root))
@@ -129,14 +132,17 @@ def _vqa_record(cells: dict, row: str, path, data_root) -> VQARecord:
     empty = [name for name in REQUIRED_COLUMNS if cells[name] is None]
     if empty:
         raise ManifestError(f"{path}, row {row}: ends before the column {empty[0]}")
-    choices = [cells[f"Choice {letter}"] for letter in CHOICE_LETTERS if f"Choice {letter}" in cells]
+    if None in cells:
+        raise ManifestError(f"{path}, row {row}: more cells than columns; put texts with commas between quotes")
+    texts = [cells[f"Choice {letter}"] for letter in CHOICE_LETTERS if f"Choice {letter}" in cells]
+    choices, letter = read_choices(texts, cells["Answer"], cells["Answer Choice"].strip())
     question_type = cells["Question Type"]
     return VQARecord(
         image=str(Path(data_root) / cells[PATH_COLUMN]),
         question=cells["Question"],
-        choices=tuple(None if choice in ("NA", "", None) else choice for choice in choices),
+        choices=choices,
         answer=cells["Answer"],
-        answer_choice=cells["Answer Choice"].strip(),
+        answer_choice=letter,
         question_type=int(question_type) if question_type.isdecimal() else question_type,
         row=row,
         manifest=str(path),
@@ -167,11 +173,13 @@ def check_closed(records) -> None:
     wrong = [record for record in records if record.answer_choice not in record.letters]
     if wrong:
         first, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        chosen = first.answer_choice  # of a row with a comma too many, a piece of a report
+        shown = repr(chosen) if len(chosen) <= 2 else f"(a text of {len(chosen)} characters)"
         raise ManifestError(
-            f"{first.where}: Answer Choice {first.answer_choice!r:.80} is none of its choices "
+            f"{first.where}: Answer Choice {shown} is none of its choices "
             f"({', '.join(first.letters) or 'it has none'}){more}; a closed table needs choices and the bare letter of "
-            "the right one, a table of open questions goes to --vqa_yn_data_train_path in training and is evaluated "
-            "without --close_ended"
+            "the right one; a table of open questions is read by the LoRA stage as --vqa_yn_data_train_path (then "
+            "--vqa_data_train_path may be a table with a heading only), and evaluated without --close_ended"
         )
 
 

@@ -1,11 +1,15 @@
 """The controls: what a model scores when it is shown images of other cases, or empty ones."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from med3dvlm.data.checks.leakage import case_of
 from med3dvlm.evaluation.command import RequestError
+
+REPORT = "text.txt"  # beside the images of a case, in every prepared data set with reports
 
 
 def shown_images(
@@ -18,7 +22,7 @@ def shown_images(
     """The image that each row shows: its own, an exchanged one, or None for an empty one.
 
     "shuffled" shows images of other cases, of rows whose answers differ as far as that works out, inside a group (a
-    question type; None: all rows): see `_exchange`. A case is a folder; in a single folder each image is one.
+    question type; None: all rows): see `_cases` and `_exchange`.
 
     Raises:
         RequestError: there is no other image to show.
@@ -32,11 +36,8 @@ def shown_images(
             f"--baseline shuffled: all rows are about one image, {images[0]}; evaluate rows of other images too, or "
             "use --baseline blank"
         )
-    cases = [case_of(image) for image in images]
-    if len(set(cases)) == 1:
-        cases = images
     rng = np.random.default_rng(seed)
-    order = _exchange(cases, _plain(answers), groups or [""] * len(images), rng)
+    order = _exchange(_cases(images), _plain(answers), groups or [""] * len(images), rng)
     return [images[row] for row in order]
 
 
@@ -47,12 +48,31 @@ def control_record(
     shown: Sequence[str | None],
     groups: Sequence[int | str] | None = None,
 ) -> dict[str, int]:
-    """What a summary says about "shuffled": how many rows have an answer that holds for the shown image as well."""
+    """What a summary says about "shuffled": how many images were shown, and in how many rows the answer holds for them.
+
+    images_shown: different ones; far fewer than there are make the control a weak one.
+    """
     if baseline != "shuffled":
         return {}
     groups, answers = groups or [""] * len(images), _plain(answers)
     true = set(zip(images, groups, answers, strict=True))
-    return {"same_answer": sum(row in true for row in zip(shown, groups, answers, strict=True))}
+    same = sum(row in true for row in zip(shown, groups, answers, strict=True))
+    return {"images_shown": len(set(shown)), "same_answer": same}
+
+
+def _cases(images: Sequence[str]) -> list[str]:
+    """The case of each image: its folder, as a rule.
+
+    A folder with more than half of all images, and without the report of a case, is a collection of cases, of which
+    each image is one: the few images elsewhere would have to be shown for all of it. So is the only folder there is.
+    """
+    folders = {image: case_of(image) for image in images}
+    largest, count = Counter(folders.values()).most_common(1)[0]
+    inside = [image for image, folder in folders.items() if folder == largest]
+    case = any((folder / REPORT).is_file() for folder in {Path(image).parent for image in inside})
+    if count == len(folders) or (2 * count > len(folders) and not case):
+        folders |= {image: image for image in inside}
+    return [folders[image] for image in images]
 
 
 def _plain(answers: Sequence[str]) -> list[str]:

@@ -9,9 +9,11 @@ import glob
 import json
 import os
 import pickle
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +55,34 @@ def checkpoint_errors(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, moved onto it only if the block succeeds.
+    """A temporary path beside `path`, moved onto it only if the block succeeds.
 
-    The file is as readable as any other that is made there. What a writer that was killed a day ago has left goes.
+    It lies in a hidden folder of this writer's own, together with the temporary files of libraries (safetensors). The
+    file is as readable as any other that is made there. What a writer that was killed a day ago has left goes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_abandoned(path)
+    private = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    temporary = private / path.name
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors puts a private file in its place
+        if temporary.stat().st_mode != mode:  # safetensors puts a private file in its place
+            with suppress(OSError):  # a mount that refuses chmod: the file is as private as it lets it be, but whole
+                temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(private, ignore_errors=True)  # what can't go now goes with a later write
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files and folders of `path` that nobody has written to for a day."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # gone meanwhile, or another user's: no reason for a write to fail
+            if time.time() - max(file.stat().st_mtime for file in (left, *left.rglob("*"))) > ABANDONED:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -171,11 +183,17 @@ def read_weights(folder: str | Path, device: str = "cpu", convert: Convert | Non
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str = "5GB") -> None:
-    """Write `model.safetensors`, or shards with their index, and remove weights that were there before."""
+    """Write `model.safetensors`, or shards with their index, and remove weights that were there before.
+
+    An older index goes before shards of its names are written, so that nobody reads a mixture after an interruption.
+    """
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     patterns = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "*.index.json")
+    if plan.is_sharded:
+        for index in folder.glob("*.index.json"):
+            index.unlink()
     stale = {file for pattern in patterns for file in folder.glob(pattern)}
     for name, keys in plan.filename_to_tensors.items():
         write_tensors({key: tensors[key] for key in keys}, folder / name)

@@ -44,6 +44,32 @@ def test_cells_are_text(tmp_path):
     assert record.answer == "NA"
 
 
+@pytest.mark.parametrize("choices, answer, chosen, expected", [
+    (["cyst", "NA", "NA", "NA"], "NA", "B", ("cyst", "NA", None, None)),  # a right choice that reads so is one
+    (["cyst", "NA", "NA", "NA"], "NA ", " B", ("cyst", "NA", None, None)),
+    (["cyst", "NA", "NA", "NA"], "cyst", "A", ("cyst", None, None, None)),
+    (["cyst", "NA", "NA", "NA"], "mass", "B", ("cyst", None, None, None)),  # a contradiction
+    (["cyst", "", "", ""], "", "B", ("cyst", None, None, None)),
+])  # fmt: skip
+def test_the_right_choice_may_read_na(tmp_path, choices, answer, chosen, expected):
+    table = write_table(tmp_path / "q.csv", [[*ROW[:4], *choices, answer, chosen]])
+    assert read_vqa_csv(table, tmp_path, check_files=False)[0].choices == expected
+
+
+@pytest.mark.parametrize("choices, chosen, letter", [
+    (["Yes", "No", "", ""], "Yes", "A"), (["Yes", "No", "", ""], " no. ", "B"), (["Yes", "No", "", ""], "B", "B"),
+    (["Yes", "yes", "", ""], "Yes", "Yes"), (["Yes", "No", "", ""], "Maybe", "Maybe"),  # none, or not one alone
+    (["B", "A", "", ""], "A", "A"), (["B", "C", "", ""], "b", "b"),  # a letter is a letter, or nobody knows
+    (["Yes", " ", "", ""], "", ""), (["Yes", "NA", "", ""], "NA", "NA"),
+])  # fmt: skip
+def test_a_choice_named_by_its_text_gets_its_letter(tmp_path, choices, chosen, letter):
+    table = write_table(tmp_path / "q.csv", [[*ROW[:4], *choices, "Yes", chosen]])
+    (record,) = read_vqa_csv(table, tmp_path, check_files=False)
+    assert record.answer_choice == letter
+    if letter in record.letters:
+        manifest.check_closed([record])
+
+
 def test_index_and_note_columns_and_byte_order_mark(tmp_path):
     (tmp_path / "a.nii.gz").touch()
     path = write_table(tmp_path / "q.csv", [[7, *ROW, "a note"]], ["", *VQA_COLUMNS, "Note"])
@@ -89,6 +115,23 @@ def test_bad_csv(tmp_path):
         read_vqa_csv(write_table(tmp_path / "q.csv", [], ["Image Path", "Question", "Answer"]), tmp_path)
     with pytest.raises(ManifestError, match=r"row 0 \(line 3\): ends before the column Answer"):
         read_vqa_csv(write_table(tmp_path / "q.csv", [ROW[:6]]), tmp_path)
+    with pytest.raises(ManifestError, match=r"q.csv, row 1 \(line 5\): more cells than columns; .* quotes$"):
+        read_vqa_csv(write_table(tmp_path / "q.csv", [ROW, [*ROW, ""]]), tmp_path)
+
+
+def test_no_error_repeats_what_a_manifest_says_about_a_patient(tmp_path):
+    """A report with commas and without quotes moves its pieces into other columns, and no heading makes a row one."""
+    (tmp_path / "commas.csv").write_text(f"{','.join(VQA_COLUMNS)}\na,,1,Where?,a,b,,,A mass, in Secret,B\n")
+    (tmp_path / "moved.csv").write_text(f"{','.join(VQA_COLUMNS)}\na,,1,Where,is it?,a,b,,,Secret\n")
+    (tmp_path / "heading.csv").write_text("a,,1,How is Secret?,a,b,,,b,B\n")
+    for name in ("commas", "moved", "heading"):
+        with pytest.raises(ManifestError) as error:
+            manifest.check_closed(read_vqa_csv(tmp_path / f"{name}.csv", tmp_path, check_files=False))
+        assert f"{name}.csv" in str(error.value) and "Secret" not in str(error.value)
+    (tmp_path / "m.json").write_text('{"train": [{"image": "a", "report": "Secret"}]}')
+    with pytest.raises(ManifestError, match=r"row train\[0\]") as error:
+        read_caption_manifest(tmp_path / "m.json", tmp_path, "train")
+    assert "Secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("letter", ["C", "E", "NA", "", "a", "(A)", "AB"])
@@ -96,14 +139,15 @@ def test_a_closed_question_names_one_of_its_choices(tmp_path, letter):
     table = write_table(tmp_path / "q.csv", [ROW, [*ROW[:9], letter], [*ROW[:9], letter]])
     records = read_vqa_csv(table, tmp_path, check_files=False)
     manifest.check_closed(records[:1])
-    expected = f"q.csv, row 1 (line 5): Answer Choice {letter!r} is none of its choices (A, B) (and 1 more)"
+    shown = repr(letter) if len(letter) <= 2 else f"(a text of {len(letter)} characters)"
+    expected = f"q.csv, row 1 (line 5): Answer Choice {shown} is none of its choices (A, B) (and 1 more)"
     with pytest.raises(ManifestError, match=re.escape(expected)):
         manifest.check_closed(records)
 
 
 def test_a_table_without_choices_is_not_closed(tmp_path):
     table = write_table(tmp_path / "q.csv", [[*ROW[:4], "NA", "", "NA", "NA", "cyst", "A"]])
-    with pytest.raises(ManifestError, match=r"q.csv, row 0 .*it has none\).*--vqa_yn_data_train_path.*--close_ended"):
+    with pytest.raises(ManifestError, match=r"q.csv, row 0 .*it has none\).*LoRA stage .*--vqa_yn_data.*--close_ended"):
         manifest.check_closed(read_vqa_csv(table, tmp_path, check_files=False))
 
 

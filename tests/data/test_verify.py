@@ -15,7 +15,7 @@ from med3dvlm.data.checks.findings import KINDS
 from med3dvlm.data.checks.leakage import case_of, similar_pairs
 from med3dvlm.data.checks.texts import identifiers
 from med3dvlm.data.checks.volumes import block_means, out_of_order, repeated_slices
-from med3dvlm.data.manifest import rename_manifest
+from med3dvlm.data.manifest import check_closed, read_vqa_csv, rename_manifest
 from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.profile import DataProfile, write_preparation
 from med3dvlm.data.volume import write_prepared
@@ -171,7 +171,8 @@ def test_choices_and_answers_that_disagree(tree):
         [image, "", 1, "", "Axial", "Coronal", "NA", "", "Axial", "A"],
         [image, "", 1, "Which plane?", "Axial", "Coronal", "NA", "", "Axial", " A"],  # blanks around a letter are none
     ]
-    write_table(tree / "M3D-VQA" / "M3D_VQA_train.csv", rows)
+    table = write_table(tree / "M3D-VQA" / "M3D_VQA_train.csv", rows)
+    check_closed(read_vqa_csv(table, tree)[:2])  # which agrees
     code, results, _ = check(tree)
     assert code == 1
     assert results["counts"] == {"empty_text": 1, "answer_letter": 1, "answer_text": 1, "same_choices": 1}
@@ -284,6 +285,16 @@ def test_a_broken_manifest_is_a_finding(tree, content):
     code, results, _ = check(tree)
     assert code == 1 and len(found(results, "manifest")) == 2
     assert "Secret" not in json.dumps(results)
+    for finding in found(results, "manifest"):  # results are handed on: nothing of where the data lie
+        assert finding["detail"] and str(tree) not in finding["detail"]
+
+
+def test_a_table_that_cannot_be_opened_is_named_without_its_folder(tree):
+    """The system's own message has the path in it."""
+    (tree / "M3D-VQA" / "M3D_VQA_val.csv").unlink()
+    (tree / "M3D-VQA" / "M3D_VQA_val.csv").mkdir()
+    [finding] = found(check(tree)[1], "manifest")
+    assert "cannot be read" in finding["detail"] and str(tree) not in finding["detail"]
 
 
 def test_a_byte_order_mark_does_not_matter(tree):

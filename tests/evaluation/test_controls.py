@@ -28,7 +28,7 @@ def test_shuffled_exchanges_between_different_answers_inside_a_group():
         assert answers[int(image)] != answers[row] and groups[int(image)] == groups[row]
     assert shown == shown_images(images, answers, "shuffled", seed=3, groups=groups)
     assert shown != shown_images(images, answers, "shuffled", seed=4, groups=groups)
-    assert control_record(images, answers, "shuffled", shown, groups) == {"same_answer": 0}
+    assert control_record(images, answers, "shuffled", shown, groups) == {"images_shown": 90, "same_answer": 0}
 
 
 def test_shuffled_does_what_can_be_done_when_one_answer_dominates():
@@ -36,7 +36,7 @@ def test_shuffled_does_what_can_be_done_when_one_answer_dominates():
     shown = shown_images(images, answers, "shuffled", seed=0)
     differ = sum(answers[int(image)].strip().lower() != answers[i].strip().lower() for i, image in enumerate(shown))
     assert differ == 4  # both "no" cases and two "yes" cases
-    assert control_record(images, answers, "shuffled", shown) == {"same_answer": 6}
+    assert control_record(images, answers, "shuffled", shown) == {"images_shown": 10, "same_answer": 6}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,3 +62,24 @@ def test_images_of_one_folder_are_cases_and_one_image_alone_is_refused():
     assert all(a != b for a, b in zip(images, shown, strict=True))
     with pytest.raises(RequestError, match="all rows are about one image, scans/a"):
         shown_images(["scans/a"] * 2, ["x", "y"], "shuffled", 0)
+
+
+def test_a_folder_of_most_images_is_no_case():
+    """Scans in a folder a hospital: by folders, the five of the other one would be shown for all the rest."""
+    images = [f"siteA/{i}" for i in range(95)] + [f"siteB/{i}" for i in range(5)]
+    answers = [str(i) for i in range(100)]
+    shown = shown_images(images, answers, "shuffled", 0)
+    assert sorted(shown) == sorted(images)
+    assert all(a != b for a, b in zip(images, shown, strict=True))
+    assert control_record(images, answers, "shuffled", shown) == {"images_shown": 100, "same_answer": 0}
+
+
+@pytest.mark.parametrize("report, same_case", [(True, 0), (False, 5)])
+def test_a_folder_with_the_report_of_a_case_is_one_whatever_its_size(tmp_path, report, same_case):
+    """Series of one patient are no images of other cases: the first rows of a table may be about hardly another one."""
+    (tmp_path / "1").mkdir()
+    if report:
+        (tmp_path / "1" / "text.txt").touch()
+    images = [f"{tmp_path}/1/{i}" for i in range(6)] + [f"{tmp_path}/2/0"]
+    shown = shown_images(images, list("abcdefg"), "shuffled", 0)
+    assert sum(case_of(a) == case_of(b) for a, b in zip(images, shown, strict=True)) == same_case

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from med3dvlm import CLIPConfig, CLIPModel, VLMConfig, VLMForCausalLM
 from med3dvlm.model import checkpoint
 from med3dvlm.model.dcformer import DCFormer
 from med3dvlm.model.vlm import lora_target_modules
-from med3dvlm.model.weights import CheckpointError, parameters_on_meta, read_weights, write_tensors, written_atomically
+from med3dvlm.model.weights import (
+    CheckpointError,
+    parameters_on_meta,
+    read_weights,
+    write_json,
+    write_tensors,
+    write_weights,
+    written_atomically,
+)
 from tests.helpers.golden import GOLDEN_DIR, rule_tensor
 from tests.helpers.tiny_model import TINY_ENCODER, TINY_TEXT, tiny_vlm_config, write_tiny_clip, write_tiny_vlm
 
@@ -339,13 +348,68 @@ def test_a_weight_file_is_as_readable_as_others(tmp_path, ending, mask):
     assert (tmp_path / f"x.{ending}").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_a_mount_that_refuses_chmod_takes_a_weight_file(tmp_path, monkeypatch, ending):
+    def refused(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refused)
+    write_tensors({"x": torch.zeros(3)}, tmp_path / f"x.{ending}")
+    assert [file.name for file in tmp_path.iterdir()] == [f"x.{ending}"]
+
+
+def left_over(path, age):
+    path.write_bytes(b"half of it")
+    for file in (path, path.parent) if path.parent.suffix == ".tmp" else (path,):
+        os.utime(file, (time.time() - age,) * 2)
+
+
 def test_what_a_killed_writer_left_goes_with_a_later_write(tmp_path):
     for name, age in ((".x.bin.12345.tmp", 2 * 86400), (".other.bin.12345.tmp", 2 * 86400), (".x.bin.23456.tmp", 60)):
-        (tmp_path / name).write_bytes(b"half of it")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        left_over(tmp_path / name, age)
+    for name, age in ((".x.bin.a.tmp", 2 * 86400), (".x.bin.b.tmp", 60)):
+        (tmp_path / name).mkdir()
+        left_over(tmp_path / name / ".tmpAbCdEf", age)
+    os.utime(tmp_path / ".x.bin.b.tmp", (time.time() - 2 * 86400,) * 2)  # what is in it is younger
     write_tensors({"x": torch.zeros(3)}, tmp_path / "x.bin")
     left = sorted(file.name for file in tmp_path.iterdir())
-    assert left == [".other.bin.12345.tmp", ".x.bin.23456.tmp", "x.bin"]  # the second may be at work
+    assert left == [".other.bin.12345.tmp", ".x.bin.23456.tmp", ".x.bin.b.tmp", "x.bin"]  # some may be at work
+
+
+def test_a_killed_write_of_safetensors_leaves_nothing_that_a_later_write_does_not_find(tmp_path, monkeypatch):
+    def killed(tensors, file, metadata):
+        file.with_name(".tmpAbCdEf").write_bytes(b"half of it")  # as safetensors does
+        raise SystemExit
+
+    monkeypatch.setattr("med3dvlm.model.weights.save_file", killed)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(SystemExit):
+        write_tensors({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+    monkeypatch.undo()
+    for file in tmp_path.rglob("*"):
+        os.utime(file, (time.time() - 2 * 86400,) * 2)
+    write_tensors({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_temporary_file_of_another_writer_may_vanish_at_any_time(tmp_path, monkeypatch):
+    gone = tmp_path / ".x.json.12345.tmp"
+    monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: iter([gone]))
+    write_json({"a": 1}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """Also threads of one process, which share its number."""
+
+    def write(number):
+        for _ in range(50):
+            write_json({"writer": number}, tmp_path / "x.json")
+
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(write, range(4)))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "x.json").read_text())["writer"] in range(4)
 
 
 def test_an_interrupted_extraction_over_an_older_one_is_refused(tmp_path, monkeypatch):
@@ -359,6 +423,29 @@ def test_an_interrupted_extraction_over_an_older_one_is_refused(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         checkpoint.extract(tmp_path, "language_model")
     assert not (target / "config.json").exists()
+
+
+def test_an_interrupted_write_over_older_shards_holds_no_weights(tmp_path, monkeypatch):
+    """Neither the older ones nor, as the names of the shards are the same, a mixture."""
+    old, new = ({key: torch.full((10,), value) for key in "abc"} for value in (0.0, 1.0))
+    write_weights(old, tmp_path, max_shard_size=40)
+    assert_same_bits(read_weights(tmp_path), old)
+    written = []
+
+    def interrupted(tensors, path):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_tensors(tensors, path)
+
+    monkeypatch.setattr("med3dvlm.model.weights.write_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(new, tmp_path, max_shard_size=40)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_weights(tmp_path)
+    monkeypatch.undo()
+    write_weights(new, tmp_path, max_shard_size=40)
+    assert_same_bits(read_weights(tmp_path), new)
 
 
 def test_parameters_on_meta_keeps_buffers():

@@ -55,6 +55,11 @@ class Inputs:
         path = Path(path)
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
+    def add_manifest(self, path: Path, error: Exception | str) -> None:
+        """A finding that the manifest or table at `path` can't be used; results say nothing of where the data lie."""
+        detail = str(error).removeprefix(str(path)).lstrip(":, ").replace(str(path), self.name(path))
+        self.findings.append(Finding("manifest", self.name(path), detail))
+
     def path(self, name: str) -> Path:
         return self.root / name
 
@@ -146,25 +151,23 @@ def _find_root(folder: Path, manifest: Path | None) -> Path:
 
 
 def _read_manifest(inputs: Inputs) -> None:
-    name = inputs.name(inputs.manifest)
     try:
         data = read_json(inputs.manifest)
     except ManifestError as error:
-        inputs.findings.append(Finding("manifest", name, str(error)))
+        inputs.add_manifest(inputs.manifest, error)
         return
     if not isinstance(data, dict):
-        inputs.findings.append(Finding("manifest", name, f"expected an object, found {type(data).__name__}"))
+        inputs.add_manifest(inputs.manifest, f"expected an object, found {type(data).__name__}")
         return
     listed = Counter()
     for split in data:
         try:
             records = read_caption_manifest(inputs.manifest, inputs.root, split, check_files=False)
         except ManifestError as error:
-            reason = str(error).partition(", found ")[0]  # an entry may hold anything
-            inputs.findings.append(Finding("manifest", name, reason))
+            inputs.add_manifest(inputs.manifest, str(error).partition(", found ")[0])  # another file may say anything
             continue
         except TypeError:
-            inputs.findings.append(Finding("manifest", name, f"{split}: an entry whose image or text is not a path"))
+            inputs.add_manifest(inputs.manifest, f"{split}: an entry whose image or text is not a path")
             continue
         for record in records:
             image = inputs.name(record.image)
@@ -181,8 +184,8 @@ def _read_table(inputs: Inputs, path: Path) -> None:
     try:
         records = read_vqa_csv(path, inputs.root, check_files=False)
     except ManifestError as error:
-        reason = str(error).partition("; found ")[0]  # without a header, those are words of the first row
-        inputs.findings.append(Finding("manifest", name, reason))
+        reason = str(error).partition("; found ")[0]  # with half a heading, those may be words of the first row
+        inputs.add_manifest(path, reason)
         return
     inputs.questions[name] = records
     words = re.findall("[a-z]+", path.stem.lower())
@@ -219,9 +222,9 @@ def _rows(inputs: Inputs, path: Path, *columns: str) -> list[dict[str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        inputs.findings.append(Finding("manifest", inputs.name(path), f"cannot be read ({error})"))
+        inputs.add_manifest(path, f"cannot be read ({error})")
         return []
     if rows and not set(columns) <= rows[0].keys():
-        inputs.findings.append(Finding("manifest", inputs.name(path), f"lacks one of the columns {', '.join(columns)}"))
+        inputs.add_manifest(path, f"lacks one of the columns {', '.join(columns)}")
         return []
     return rows

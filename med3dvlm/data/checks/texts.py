@@ -4,7 +4,8 @@ import re
 from collections import defaultdict
 
 from med3dvlm.data.checks.findings import Finding
-from med3dvlm.data.manifest import CHOICE_LETTERS, VQARecord
+from med3dvlm.data.choices import CHOICE_LETTERS, plain
+from med3dvlm.data.manifest import VQARecord
 
 _MONTH = r"(?:Jan|Feb|M(?:ar|är)|Apr|Ma[yi]|Jun|Jul|Aug|Sep|O[ck]t|Nov|De[cz])[a-zä]*\.?"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
@@ -71,26 +72,19 @@ def check_question(record: VQARecord, name: str) -> list[Finding]:
     found = identifiers(f"{record.question}\n{record.answer}")
     if found:
         add("identifier", found)
-    choices = {letter: _plain(choice) for letter, choice in zip(CHOICE_LETTERS, record.choices, strict=False) if choice}
+    choices = {letter: plain(choice) for letter, choice in zip(CHOICE_LETTERS, record.choices, strict=False) if choice}
     if not choices:
         return findings
     if len(set(choices.values())) < len(choices):
         add("same_choices", f"{len(choices)} choices, {len(set(choices.values()))} different")
     chosen = record.answer_choice
-    # The yes / no tables may name the choice by its text.
-    text = choices.get(chosen, _plain(chosen) if _plain(chosen) in choices.values() else None)
-    if text is None:
+    if chosen not in choices:
         shown = f"{chosen!r} is" if len(chosen) <= 2 else "no letter,"
         add("answer_letter", f"{shown} none of {', '.join(choices)}")
-    elif text != _plain(record.answer):
-        add("answer_text", f"differs from choice {chosen if chosen in choices else 'text'}")
+    elif choices[chosen] != plain(record.answer):
+        add("answer_text", f"differs from choice {chosen}")
     return findings
 
 
 def _letters(text: str) -> int:
     return sum(character.isalnum() for character in text)
-
-
-def _plain(text: str) -> str:
-    """Text as it is compared: case, spaces and a final full stop make no difference."""
-    return " ".join(text.split()).casefold().removesuffix(".")
