@@ -132,7 +132,7 @@ def _vqa_record(cells: dict, row: str, path, data_root) -> VQARecord:
     empty = [name for name in REQUIRED_COLUMNS if cells[name] is None]
     if empty:
         raise ManifestError(f"{path}, row {row}: ends before the column {empty[0]}")
-    if None in cells:
+    if any(cells.get(None, ())):  # empty ones are commas at the end of a line
         raise ManifestError(f"{path}, row {row}: more cells than columns; put texts with commas between quotes")
     texts = [cells[f"Choice {letter}"] for letter in CHOICE_LETTERS if f"Choice {letter}" in cells]
     choices, letter = read_choices(texts, cells["Answer"], cells["Answer Choice"].strip())

@@ -116,7 +116,7 @@ def test_bad_csv(tmp_path):
     with pytest.raises(ManifestError, match=r"row 0 \(line 3\): ends before the column Answer"):
         read_vqa_csv(write_table(tmp_path / "q.csv", [ROW[:6]]), tmp_path)
     with pytest.raises(ManifestError, match=r"q.csv, row 1 \(line 5\): more cells than columns; .* quotes$"):
-        read_vqa_csv(write_table(tmp_path / "q.csv", [ROW, [*ROW, ""]]), tmp_path)
+        read_vqa_csv(write_table(tmp_path / "q.csv", [[*ROW, "", ""], [*ROW, "more"]]), tmp_path)
 
 
 def test_no_error_repeats_what_a_manifest_says_about_a_patient(tmp_path):
