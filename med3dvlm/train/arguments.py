@@ -23,8 +23,7 @@ from med3dvlm.data.datasets import SampleError
 from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.model.weights import CheckpointError
-
-COMPLETE = "complete"  # written into a checkpoint folder last: an interrupted one is never continued from
+from med3dvlm.train.checkpoints import COMPLETE, complete_checkpoints
 
 
 class FlagError(ValueError):
@@ -155,7 +154,9 @@ class StageTrainingArguments(transformers.TrainingArguments):
     report_to: str = arg("tensorboard, wandb or none.", default="tensorboard")
     seed: int = arg("Seed of initialisation, order and every random choice.", default=42)
     resume_from_checkpoint: str | None = arg(
-        "A checkpoint folder, or 'auto': the last complete one of output_dir, if there is any.", default=None
+        "A checkpoint folder, or 'auto': the last complete one of output_dir, if there is any. Without it, those of an "
+        "older run in output_dir are set aside.",
+        default=None,
     )
     wb_name: str | None = arg("Name of the run in the logs.", default=None)
 
@@ -267,9 +268,3 @@ def checked_flags(about: str) -> Iterator[None]:
 def run(main: Callable[[], object]) -> None:
     """A stage as a program: what users can put right ends it with one sentence and exit status 1."""
     run_command(main, BAD_INPUT)
-
-
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run that were written to their end, by their steps."""
-    folders = [file.parent for file in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))

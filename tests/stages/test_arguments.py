@@ -6,7 +6,8 @@ import pytest
 
 from med3dvlm.configuration import PRESETS
 from med3dvlm.train import arguments
-from med3dvlm.train.arguments import complete_checkpoints, parse_stage
+from med3dvlm.train.arguments import parse_stage
+from med3dvlm.train.checkpoints import complete_checkpoints, set_aside
 
 CLIP = (arguments.CLIPModelArguments, arguments.PairDataArguments, arguments.CLIPTrainingArguments)
 VLM = (arguments.VLMModelArguments, arguments.QADataArguments, arguments.VLMTrainingArguments)
@@ -82,3 +83,27 @@ def test_complete_checkpoints_are_ordered_by_their_steps(tmp_path):
     assert [folder.name for folder in complete_checkpoints(tmp_path)] == [
         "checkpoint-3", "checkpoint-20", "checkpoint-100"]  # fmt: skip
     assert complete_checkpoints(tmp_path / "absent") == []
+
+
+def test_checkpoints_of_another_run_lose_their_mark_only(tmp_path):
+    def write(folder, *steps):
+        for step in steps:
+            checkpoint = folder / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "complete").touch()
+            (checkpoint / "model.safetensors").touch()
+        return folder
+
+    def complete(folder):
+        return [checkpoint.name for checkpoint in complete_checkpoints(folder)]
+
+    own = write(tmp_path / "own", 2, 4, 10)
+    assert set_aside(own, str(own / "checkpoint-10")) == []
+    assert set_aside(own, tmp_path / "own" / ".." / "own" / "checkpoint-4") == [own / "checkpoint-10"]
+    assert complete(own) == ["checkpoint-2", "checkpoint-4"]
+    elsewhere = write(tmp_path / "elsewhere", 4)
+    assert len(set_aside(own, elsewhere / "checkpoint-4")) == 2 and complete(elsewhere) == ["checkpoint-4"]
+    write(own, 2, 4)
+    assert len(set_aside(own, None)) == 2 and complete(own) == []
+    assert len(list(own.glob("*/model.safetensors"))) == 3
+    assert set_aside(tmp_path / "absent", None) == []
