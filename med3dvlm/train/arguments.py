@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -265,6 +266,18 @@ def checked_flags(about: str) -> Iterator[None]:
         raise FlagError(f"{about}: {' '.join(str(error).split())}") from error
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise FlagError unless files can be written into `--output_dir`, which is not made yet, and so left by no error.
+
+    Asked first: the work of a stage may take days, and is lost where it cannot be saved.
+    """
+    try:
+        there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        Path(tempfile.mkdtemp(prefix=".med3dvlm-", dir=there)).rmdir()
+    except OSError as error:
+        raise FlagError(f"--output_dir {folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
 def run(main: Callable[[], object]) -> None:
     """A stage as a program: what users can put right ends it with one sentence and exit status 1."""
-    run_command(main, BAD_INPUT)
+    run_command(main, (*BAD_INPUT, OSError))

@@ -35,6 +35,7 @@ from med3dvlm.train.arguments import (
     CLIPTrainingArguments,
     FlagError,
     PairDataArguments,
+    check_writable,
     checked_flags,
     parse_stage,
     run,
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     classes = (CLIPModelArguments, PairDataArguments, CLIPTrainingArguments)
     model_args, data_args, training_args = parse_stage("clip", classes, argv, __doc__)
     log_to_console()
+    check_writable(training_args.output_dir)
     if data_args.max_bad_samples and training_args.world_size > 1:
         raise FlagError("--max_bad_samples needs a single process here: all ranks must bring equal batches")
     if is_deepspeed_zero3_enabled():

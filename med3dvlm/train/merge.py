@@ -22,7 +22,7 @@ from med3dvlm.model.published import begin_folder
 from med3dvlm.model.vlm import VLMForCausalLM
 from med3dvlm.model.weights import CheckpointError
 from med3dvlm.processing import VLMProcessor
-from med3dvlm.train.arguments import run
+from med3dvlm.train.arguments import check_writable, run
 
 
 def lora_folder(path: str | Path) -> Path:
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         CheckpointError: see `load_unmerged`, or the base model is another one.
+        FlagError: the folder to write cannot be written.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_with_lora", required=True, help="folder of the LoRA stage, or the weight file in it")
@@ -72,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--model_name_or_path", help="base model to check against the recorded one (default: none)")
     args = parser.parse_args(argv)
 
-    folder = lora_folder(args.model_with_lora)
+    folder, output = lora_folder(args.model_with_lora), Path(args.output_dir)
+    check_writable(output)
     identity = read_identity(folder)
     adapted = load_unmerged(args.model_with_lora)
     check_identity(identity, adapted.get_base_model(), args.model_name_or_path)
     processor = VLMProcessor.from_pretrained(folder)
     merged = adapted.merge_and_unload()
 
-    output = Path(args.output_dir)
     begin_folder(output)
     save_vision_tower(merged, output / "vision_tower.bin")
     processor.save_pretrained(output)

@@ -42,6 +42,7 @@ from med3dvlm.train.arguments import (
     QADataArguments,
     VLMModelArguments,
     VLMTrainingArguments,
+    check_writable,
     checked_flags,
     parse_stage,
     run,
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if stage == "projector" and not model_args.tune_mm_mlp_adapter:
         raise FlagError("say what trains: --tune_mm_mlp_adapter True (projector) or --lora_enable True (LoRA)")
     log_to_console()
+    check_writable(training_args.output_dir)
     set_seed(training_args.seed)
 
     records = read_records(data_args, yes_no=stage == "lora")

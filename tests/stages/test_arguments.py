@@ -1,12 +1,13 @@
 """Defaults of the stages: the published recipe, presets over it, the command line over both."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from med3dvlm.configuration import PRESETS
-from med3dvlm.train import arguments
-from med3dvlm.train.arguments import parse_stage
+from med3dvlm.train import arguments, clip, merge, stand_in, vlm
+from med3dvlm.train.arguments import FlagError, check_writable, parse_stage, run
 from med3dvlm.train.checkpoints import complete_checkpoints, set_aside
 
 CLIP = (arguments.CLIPModelArguments, arguments.PairDataArguments, arguments.CLIPTrainingArguments)
@@ -107,3 +108,58 @@ def test_checkpoints_of_another_run_lose_their_mark_only(tmp_path):
     assert len(set_aside(own, None)) == 2 and complete(own) == []
     assert len(list(own.glob("*/model.safetensors"))) == 3
     assert set_aside(tmp_path / "absent", None) == []
+
+
+# ---------------------------------------------------------------- how a stage ends
+
+
+@pytest.mark.parametrize("place, reason", [("file", "Not a directory"), ("file/below/it", "Not a directory"),
+                                           ("/proc/x", "No such file or directory")])  # fmt: skip
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, place, reason):
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("no /proc on this system")
+    (tmp_path / "file").touch()
+    with pytest.raises(FlagError, match=rf"^--output_dir .*{place}: cannot be written \({reason}\); name another"):
+        check_writable(tmp_path / place)
+
+
+def test_a_folder_that_can_be_written_is_not_made_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "new", str(tmp_path / "a/b/c"), "."):
+        check_writable(folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage, flags", [
+    (clip, []), (vlm, ["--lora_enable", "True"]), (vlm, ["--tune_mm_mlp_adapter", "True"]), (stand_in, []),
+], ids=["clip", "lora", "projector", "stand-in"])  # fmt: skip
+def test_the_folder_is_tried_before_anything_is_read(tmp_path, stage, flags):
+    (tmp_path / "file").touch()
+    with pytest.raises(FlagError, match="--output_dir .*/file/run: cannot be written"):
+        stage.main([*flags, "--output_dir", str(tmp_path / "file/run"), "--cap_data_path", "absent.json"])
+
+
+def test_the_merge_tries_its_folder_before_it_loads_anything(tmp_path, monkeypatch):
+    for name in ("base_model.json", "config.json", "adapter_config.json", "file"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(merge, "load_unmerged", lambda *_: pytest.fail("the model was loaded before"))
+    with pytest.raises(SystemExit, match="^error: --output_dir .*/file/model: cannot be written"):
+        run(lambda: merge.main(["--model_with_lora", str(tmp_path), "--output_dir", str(tmp_path / "file/model")]))
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_full_disk_ends_a_stage_with_a_sentence_and_an_interrupt_with_130(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(raises(OSError(28, "No space left on device", "out/model.safetensors")))
+    assert stopped.value.code == "error: [Errno 28] No space left on device: 'out/model.safetensors'"
+    with pytest.raises(SystemExit) as stopped:
+        run(raises(KeyboardInterrupt()))
+    assert stopped.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run(raises(RuntimeError("a mistake of ours")))
