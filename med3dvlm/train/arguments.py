@@ -58,6 +58,12 @@ class VisionArguments:
         "Fast path of DCFormer: on the CPU only, auto: also the Triton kernels on a GPU, off: nowhere.", default="cpu"
     )
 
+    def __post_init__(self):
+        for flag in ("input_size", "patch_size"):
+            sizes = getattr(self, flag)
+            if len(sizes) != 3 or min(sizes) < 1:
+                raise FlagError(f"--{flag} {' '.join(map(str, sizes))}: expected three numbers of 1 or more, H W D")
+
     @property
     def volume_size(self) -> tuple[int, int, int]:
         """(D, H, W) of the volumes the model sees."""
@@ -162,6 +168,9 @@ class StageTrainingArguments(transformers.TrainingArguments):
     wb_name: str | None = arg("Name of the run in the logs.", default=None)
 
     def __post_init__(self):
+        for flag in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, flag) < 1:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: expected a number of 1 or more")
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1: a share of all steps
         self.run_name = self.wb_name or self.run_name

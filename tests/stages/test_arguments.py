@@ -71,6 +71,19 @@ def test_unknown_and_shortened_flags_are_refused(flag, capsys):
     assert flag in capsys.readouterr().err + str(caught.value)
 
 
+@pytest.mark.parametrize("stage", RECIPE)
+@pytest.mark.parametrize("flag, values, expected", [
+    ("--input_size", "64 64", "three numbers of 1 or more, H W D"),
+    ("--input_size", "64 64 0", "three numbers of 1 or more, H W D"),
+    ("--patch_size", "16", "three numbers of 1 or more, H W D"),
+    ("--per_device_train_batch_size", "0", "a number of 1 or more"),
+    ("--gradient_accumulation_steps", "0", "a number of 1 or more"),
+])  # fmt: skip
+def test_sizes_that_cannot_be_are_named(stage, flag, values, expected):
+    with pytest.raises(FlagError, match=f"^{flag} {values}: expected {expected}$"):
+        parse(stage, flag, *values.split())
+
+
 def test_lora_enable_decides_on_the_defaults():
     assert parse_stage("vlm", VLM, ["--lora_enable"], "")[2].num_train_epochs == 5
     assert parse_stage("vlm", VLM, ["--lora_enable=False"], "")[2].num_train_epochs == 3

@@ -235,6 +235,13 @@ def test_other_losses_and_encoders_train(stages, tmp_path, flags):
     load_vision_encoder(model, tmp_path / "pretrained_ViT.bin")
 
 
+@pytest.mark.parametrize("flag", ["--language_model_name_or_path", "--pretrained_model"])
+def test_a_model_to_start_from_that_is_not_there_is_named(stages, tmp_path, flag):
+    with pytest.raises(CheckpointError, match="^/no/such/model: no such folder; name a folder, or"):
+        stages.clip(tmp_path / "run", flag, "/no/such/model")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("length", [["--max_steps", 2], ["--max_steps", -1, "--num_train_epochs", 2]])
 def test_fewer_pairs_than_a_batch_are_refused(stages, tmp_path, length):
     with pytest.raises(
