@@ -2,7 +2,8 @@
 
     python -m med3dvlm.evaluation.caption --model_name_or_path M --data_root data --cap_data_path M3D_Cap.json
 
-Writes ``<model>_eval_caption.csv`` (published columns), ``predictions.jsonl`` and ``summary.json``.
+Writes ``<model>_eval_caption.csv`` (published columns), ``predictions.jsonl`` (before scoring, and again with the
+scores) and ``summary.json``.
 """
 
 import argparse
@@ -34,19 +35,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Run the evaluation; returns the content of ``summary.json``."""
     args = parse_arguments(argv)
-    folder = common.output_folder(args, "caption")
     records = read_caption_manifest(args.cap_data_path, args.data_root, args.split, check_files=False)[: args.limit]
     common.require_samples(records, args.cap_data_path)
     check_files_exist(records)
     samples = [common.Sample(r.image, args.prompt, r.read_text().strip(), r.where) for r in records]
     images, references = [sample.image for sample in samples], [sample.answer for sample in samples]
+    common.check_metrics(args)
     model = load_model(args.model_name_or_path, args.device, args.dtype)
     common.check_questions(model, [(args.prompt, "--prompt")], "caption", args.max_new_tokens)
 
     shown = shown_images(images, references, args.baseline, args.seed)
+    folder = common.output_folder(args, "caption")
     predictions = common.answer_samples(
         model, samples, shown, "caption", args.batch_size, args.max_new_tokens, args.num_workers
     )
+    common.write_answers(folder, samples, shown, predictions)
     columns, scores = common.score_texts(args, predictions, references)
     summary = {
         "task": "caption",

@@ -23,6 +23,7 @@ from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.preprocess import PreprocessConfig
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.evaluation import metrics
+from med3dvlm.evaluation.command import RequestError
 from med3dvlm.evaluation.wordnet import INSTALL_COMMAND, find_wordnet
 from med3dvlm.inference import QuestionError
 
@@ -99,6 +100,23 @@ def check_questions(model, questions: Iterable[tuple[str, str]], kind: str, max_
             model.check_question(question, kind, max_new_tokens)
         except QuestionError as error:
             raise QuestionError(f"{where}: {error}") from error
+
+
+def check_metrics(args: argparse.Namespace, bertscore: bool = True) -> None:
+    """Load what ``--extra_metric`` and, where it is used, ``--bertscore_model`` name, before anything is answered.
+
+    Raises RequestError where one cannot be loaded.
+    """
+    wanted = [("--extra_metric", name, (metrics.load_extra, name)) for name in args.extra_metric]
+    if bertscore and args.bertscore_model:
+        load = (metrics.load_bertscore, args.bertscore_model, args.bertscore_layers)
+        wanted.append(("--bertscore_model", args.bertscore_model, load))
+    for flag, name, (load, *values) in wanted:
+        try:
+            load(*values)
+        except Exception as error:  # code of others, and the errors of the hub's client: they have no base in common
+            what = "cannot be loaded" if os.path.exists(name) else "no such folder, and not to be had from the hub"
+            raise RequestError(f"{flag} {name}: {what} ({' '.join(str(error).split())})") from error
 
 
 def answer_samples(
@@ -206,6 +224,17 @@ def sample_records(
         {**asdict(sample), "shown": image, "prediction": text, **{name: values[i] for name, values in scores.items()}}
         for i, (sample, image, text) in enumerate(zip(samples, shown, predictions, strict=True))
     ]
+
+
+def write_answers(
+    folder: Path, samples: Sequence[Sample], shown: Sequence[str | None], predictions: Sequence[str]
+) -> None:
+    """Write ``predictions.jsonl`` without scores, so that no failure of scoring loses the answers.
+
+    The summary of an older run goes: it is not about these answers.
+    """
+    (folder / "summary.json").unlink(missing_ok=True)
+    write_json_lines(folder / "predictions.jsonl", sample_records(samples, shown, predictions, {}))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

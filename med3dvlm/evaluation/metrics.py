@@ -91,13 +91,22 @@ def meteor(prediction: str, reference: str) -> float:
 
 
 def bert_f1(
-    predictions: Sequence[str],
-    references: Sequence[str],
-    model_folder: str,
-    num_layers: int | None = None,
-    batch_size: int = 32,
+    predictions: Sequence[str], references: Sequence[str], model_folder: str, num_layers: int | None = None
 ) -> list[float]:
-    """BERTScore F1 of each pair with a model from a local folder. An empty prediction scores 0.
+    """BERTScore F1 of each pair, see `load_bertscore`. An empty prediction scores 0."""
+    scored = [i for i, (p, r) in enumerate(zip(predictions, references, strict=True)) if p.strip() and r.strip()]
+    result = [0.0] * len(predictions)
+    if scored:
+        scorer = load_bertscore(model_folder, num_layers)
+        *_, f1 = scorer.score([predictions[i] for i in scored], [references[i] for i in scored])
+        for i, value in zip(scored, f1.tolist(), strict=True):
+            result[i] = value
+    return result
+
+
+@cache
+def load_bertscore(model_folder: str, num_layers: int | None = None):
+    """The scorer with a model from a local folder, loaded once.
 
     ``num_layers`` None takes the layer that BERTScore's authors tuned for a folder of the model's own name
     (``roberta-large``: 17), otherwise the last one.
@@ -109,26 +118,25 @@ def bert_f1(
     config = AutoConfig.from_pretrained(model_folder)
     name = str(model_folder).rstrip("/").rsplit("/", 1)[-1]
     num_layers = num_layers or model2layers.get(name, config.num_hidden_layers)
-    scorer = BERTScorer(model_type=str(model_folder), num_layers=num_layers, batch_size=batch_size)
+    scorer = BERTScorer(model_type=str(model_folder), num_layers=num_layers)
     # A folder without a stated length would let the tokenizer pass texts that are longer than the position table.
     limit = getattr(config, "max_position_embeddings", 512) - (2 if config.model_type == "roberta" else 0)
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)
-
-    scored = [i for i, (p, r) in enumerate(zip(predictions, references, strict=True)) if p.strip() and r.strip()]
-    result = [0.0] * len(predictions)
-    if scored:
-        *_, f1 = scorer.score([predictions[i] for i in scored], [references[i] for i in scored])
-        for i, value in zip(scored, f1.tolist(), strict=True):
-            result[i] = value
-    return result
+    return scorer
 
 
 def extra_metric(name_or_folder: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Any metric of the ``evaluate`` library, by its hub name or from a local folder or script: its numeric results."""
+    """Any metric of the ``evaluate`` library, see `load_extra`: its numeric results."""
+    result = load_extra(name_or_folder).compute(predictions=list(predictions), references=list(references))
+    return {key: float(value) for key, value in result.items() if np.isscalar(value) and not isinstance(value, str)}
+
+
+@cache
+def load_extra(name_or_folder: str):
+    """A metric of the ``evaluate`` library, by its hub name or from a local folder or script, loaded once."""
     import evaluate
 
-    result = evaluate.load(name_or_folder).compute(predictions=list(predictions), references=list(references))
-    return {key: float(value) for key, value in result.items() if np.isscalar(value) and not isinstance(value, str)}
+    return evaluate.load(name_or_folder)
 
 
 def text_metrics(

@@ -51,7 +51,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Run the evaluation; returns the content of ``summary.json``."""
     args = parse_arguments(argv)
-    folder = common.output_folder(args, "retrieval")
     records = read_caption_manifest(args.cap_data_path, args.data_root, args.split, check_files=False)
     common.require_samples(records, args.cap_data_path)
     sizes = pool_sizes(args.pool_sizes, len(records))
@@ -63,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
     rows = [pairs.load_text(i) for i in range(len(pairs))]
     paths, reports = [record.image for record in records], [row["text"] for row in rows]
     shown = shown_images(paths, reports, args.baseline, args.seed)
+    folder = common.output_folder(args, "retrieval")
     images = encode_images(model, records, shown, args.batch_size, args.num_workers)  # [N, width]
     texts = encode_texts(model, rows, args.batch_size)  # [N, width]
     scores = (images @ texts.T).numpy()  # [N, N], row: image

@@ -2,9 +2,9 @@
 
     python -m med3dvlm.evaluation.vqa --model_name_or_path M --data_root data --vqa_data_test_path T.csv --close_ended
 
-Writes ``<model>_eval_close_vqa.csv`` or ``..._open_vqa.csv`` (published columns), ``predictions.jsonl`` and
-``summary.json`` into ``--output_dir``. A closed answer is right when it starts with the right letter ("C. liver"); the
-published rule (letter and full stop anywhere) is reported beside it.
+Writes ``<model>_eval_close_vqa.csv`` or ``..._open_vqa.csv`` (published columns), ``predictions.jsonl`` (before
+scoring, and again with the scores) and ``summary.json`` into ``--output_dir``. A closed answer is right when it starts
+with the right letter ("C. liver"); the published rule (letter and full stop anywhere) is reported beside it.
 """
 
 import argparse
@@ -39,17 +39,19 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the evaluation; returns the content of ``summary.json``."""
     args = parse_arguments(argv)
     task = "close_vqa" if args.close_ended else "open_vqa"
-    folder = common.output_folder(args, task)
     samples = read_samples(args)
+    common.check_metrics(args, bertscore=not args.close_ended)
     model = load_model(args.model_name_or_path, args.device, args.dtype)
     common.check_questions(model, [(s.question, s.where) for s in samples], "vqa", args.max_new_tokens)
 
     images, answers = [s.image for s in samples], [s.answer for s in samples]
     types = [s.question_type for s in samples]
     shown = shown_images(images, answers, args.baseline, args.seed, types)
+    folder = common.output_folder(args, task)
     predictions = common.answer_samples(
         model, samples, shown, "vqa", args.batch_size, args.max_new_tokens, args.num_workers
     )
+    common.write_answers(folder, samples, shown, predictions)
     score = score_closed if args.close_ended else score_open
     columns, scores = score(args, samples, predictions)
     summary = {

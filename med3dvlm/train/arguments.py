@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,7 @@ from med3dvlm.data.datasets import SampleError
 from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.model.weights import CheckpointError
-
-COMPLETE = "complete"  # written into a checkpoint folder last: an interrupted one is never continued from
+from med3dvlm.train.checkpoints import COMPLETE, complete_checkpoints
 
 
 class FlagError(ValueError):
@@ -57,6 +57,12 @@ class VisionArguments:
     fused_encoder: Literal["cpu", "auto", "off"] = arg(
         "Fast path of DCFormer: on the CPU only, auto: also the Triton kernels on a GPU, off: nowhere.", default="cpu"
     )
+
+    def __post_init__(self):
+        for flag in ("input_size", "patch_size"):
+            sizes = getattr(self, flag)
+            if len(sizes) != 3 or min(sizes) < 1:
+                raise FlagError(f"--{flag} {' '.join(map(str, sizes))}: expected three numbers of 1 or more, H W D")
 
     @property
     def volume_size(self) -> tuple[int, int, int]:
@@ -155,11 +161,16 @@ class StageTrainingArguments(transformers.TrainingArguments):
     report_to: str = arg("tensorboard, wandb or none.", default="tensorboard")
     seed: int = arg("Seed of initialisation, order and every random choice.", default=42)
     resume_from_checkpoint: str | None = arg(
-        "A checkpoint folder, or 'auto': the last complete one of output_dir, if there is any.", default=None
+        "A checkpoint folder, or 'auto': the last complete one of output_dir, if there is any. Without it, those of an "
+        "older run in output_dir are set aside.",
+        default=None,
     )
     wb_name: str | None = arg("Name of the run in the logs.", default=None)
 
     def __post_init__(self):
+        for flag in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, flag) < 1:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: expected a number of 1 or more")
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1: a share of all steps
         self.run_name = self.wb_name or self.run_name
@@ -264,12 +275,18 @@ def checked_flags(about: str) -> Iterator[None]:
         raise FlagError(f"{about}: {' '.join(str(error).split())}") from error
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise FlagError unless files can be written into `--output_dir`, which is not made yet, and so left by no error.
+
+    Asked first: the work of a stage may take days, and is lost where it cannot be saved.
+    """
+    try:
+        there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        Path(tempfile.mkdtemp(prefix=".med3dvlm-", dir=there)).rmdir()
+    except OSError as error:
+        raise FlagError(f"--output_dir {folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
 def run(main: Callable[[], object]) -> None:
     """A stage as a program: what users can put right ends it with one sentence and exit status 1."""
-    run_command(main, BAD_INPUT)
-
-
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run that were written to their end, by their steps."""
-    folders = [file.parent for file in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
+    run_command(main, (*BAD_INPUT, OSError))

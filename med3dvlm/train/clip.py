@@ -27,7 +27,7 @@ from med3dvlm.data.profile import DataProfile
 from med3dvlm.model.checkpoint import save_vision_encoder
 from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.fused.choice import set_fused
-from med3dvlm.model.published import begin_folder
+from med3dvlm.model.published import begin_folder, local_folder
 from med3dvlm.model.weights import CheckpointError, misfitting, read_weights
 from med3dvlm.processing import load_preprocess, load_tokenizer, save_preprocess
 from med3dvlm.train.arguments import (
@@ -35,6 +35,7 @@ from med3dvlm.train.arguments import (
     CLIPTrainingArguments,
     FlagError,
     PairDataArguments,
+    check_writable,
     checked_flags,
     parse_stage,
     run,
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     classes = (CLIPModelArguments, PairDataArguments, CLIPTrainingArguments)
     model_args, data_args, training_args = parse_stage("clip", classes, argv, __doc__)
     log_to_console()
+    check_writable(training_args.output_dir)
     if data_args.max_bad_samples and training_args.world_size > 1:
         raise FlagError("--max_bad_samples needs a single process here: all ranks must bring equal batches")
     if is_deepspeed_zero3_enabled():
@@ -140,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     preprocess, profile = preparation_of(records, data_args)
     start = model_args.pretrained_model or model_args.language_model_name_or_path
     with checked_flags(f"a dual encoder from {start}"):
+        local_folder(start)  # says so where there is no such folder; the loaders' errors are about hub names
         tokenizer = load_tokenizer(start)
         model = build_model(model_args)
         preprocess = replace(preprocess, size=model_args.volume_size)

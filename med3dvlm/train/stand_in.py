@@ -34,7 +34,7 @@ from med3dvlm.data.collate import collate_vlm
 from med3dvlm.data.manifest import read_caption_manifest, read_vqa_csv
 from med3dvlm.data.prompts import CAPTION_PROMPTS, closed_answer, closed_question
 from med3dvlm.model.packing import packed_attention_mask
-from med3dvlm.train.arguments import DataArguments, StageTrainingArguments, arg, parse_stage, run
+from med3dvlm.train.arguments import DataArguments, StageTrainingArguments, arg, check_writable, parse_stage, run
 from med3dvlm.train.trainer import log_to_console
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     classes = (StandInArguments, DataArguments, StageTrainingArguments)
     model_args, data_args, training_args = parse_stage("stand_in", classes, argv, __doc__)
     log_to_console()
+    check_writable(training_args.output_dir)
     set_seed(training_args.seed)
     output = Path(training_args.output_dir)
 

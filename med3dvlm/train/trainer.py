@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from med3dvlm.data.augment import to_unit
 from med3dvlm.model.weights import CheckpointError, misfitting, read_tensors, write_tensors
-from med3dvlm.train.arguments import COMPLETE, FlagError, StageTrainingArguments, complete_checkpoints
+from med3dvlm.train.arguments import FlagError, StageTrainingArguments
+from med3dvlm.train.checkpoints import COMPLETE, complete_checkpoints, set_aside
 
 logger = logging.getLogger("med3dvlm.train")  # also when run as __main__
 
@@ -64,18 +65,32 @@ class CheckpointCallback(TrainerCallback):
     """Tells the data set its epoch; marks a checkpoint as complete once everything of it is written.
 
     Only then older ones are removed, down to `keep` (None: all stay), so that there is always one to continue from.
+    Those of another run in the same folder are set aside when training begins, with `continued` (a folder) loaded.
     """
 
     def __init__(self, dataset, keep: int | None):
         self.dataset = dataset
         self.keep = keep
+        self.continued: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            older = set_aside(args.output_dir, self.continued)
+            if older:
+                logger.info("%d checkpoints of an older run in %s are set aside, never to be taken for this run's "
+                            "(%s); an empty file %r in such a folder makes it one to continue from again",
+                            len(older), args.output_dir, ", ".join(f.name for f in older), COMPLETE)  # fmt: skip
+        if self.continued and state.global_step >= state.max_steps:
+            logger.warning("nothing left to train: %s is of step %d of %d, and what is saved now is what it holds; to "
+                           "train anew leave --resume_from_checkpoint out or name another --output_dir",
+                           self.continued, state.global_step, state.max_steps)  # fmt: skip
+        _wait_for_all()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))  # a sum of fractions may end just below
 
     def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process has written its part
+        _wait_for_all()  # every process has written its part
         if not state.is_world_process_zero:
             return
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -101,9 +116,9 @@ class StageTrainer(Trainer):
         self, model: nn.Module, args: StageTrainingArguments, train_dataset, data_collator, augmentation: str = "none"
     ):
         require_batch(len(train_dataset), args)
-        callbacks = [CheckpointCallback(train_dataset, args.save_total_limit)]
+        self.checkpoints = CheckpointCallback(train_dataset, args.save_total_limit)
         args.save_total_limit = None  # the Trainer would remove the old checkpoint before the new one is complete
-        super().__init__(model, args, data_collator, train_dataset, callbacks=callbacks)
+        super().__init__(model, args, data_collator, train_dataset, callbacks=[self.checkpoints])
         self.augmentation = augmentation
 
     def _prepare_inputs(self, inputs: dict) -> dict:
@@ -119,11 +134,17 @@ class StageTrainer(Trainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthSampler(batch, self.train_dataset, self.args.seed)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Continued from its last step within an epoch, a run would train one step more than asked for."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def run(self) -> dict[str, float]:
         """Train from the start or the asked checkpoint; returns the stage's metrics and writes `trainer_state.json`."""
         checkpoint = self.args.checkpoint_to_resume()
         if checkpoint:
             logger.info("continuing from %s", checkpoint)
+        self.checkpoints.continued = checkpoint
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
         self.save_state()
         skipped = self.train_dataset.bad_samples
@@ -150,6 +171,11 @@ class TrainedOnlyTrainer(StageTrainer):
         if misfits:
             raise CheckpointError(f"{file} is of another run: {misfits}")
         model.load_state_dict(stored, strict=False)
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def require_batch(count: int, args: StageTrainingArguments) -> None:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 from med3dvlm.configuration import VLMConfig
 from med3dvlm.data.collate import collate_vlm
@@ -34,14 +34,16 @@ from med3dvlm.model.checkpoint import load_projector, load_vision_encoder, save_
 from med3dvlm.model.encoder import build_vision_encoder
 from med3dvlm.model.fused.choice import set_fused
 from med3dvlm.model.identity import IDENTITY_FILE, base_identity, write_identity
-from med3dvlm.model.published import begin_folder
+from med3dvlm.model.published import begin_folder, local_folder
 from med3dvlm.model.vlm import VLMForCausalLM, lora_target_modules
+from med3dvlm.model.weights import read_config
 from med3dvlm.processing import VLMProcessor, load_tokenizer
 from med3dvlm.train.arguments import (
     FlagError,
     QADataArguments,
     VLMModelArguments,
     VLMTrainingArguments,
+    check_writable,
     checked_flags,
     parse_stage,
     run,
@@ -80,7 +82,7 @@ def build_model(
     preprocess: that of the data, which a new model takes over; one that is trained further keeps its own.
     Weights are float32, as published: what trains in bfloat16 alone loses small updates. Arithmetic is the Trainer's.
     """
-    if AutoConfig.from_pretrained(args.model_name_or_path).model_type == VLMConfig.model_type:
+    if read_config(local_folder(args.model_name_or_path)).get("model_type") == VLMConfig.model_type:
         model = VLMForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         processor = VLMProcessor.from_pretrained(args.model_name_or_path, config=model.config)
     else:
@@ -151,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if stage == "projector" and not model_args.tune_mm_mlp_adapter:
         raise FlagError("say what trains: --tune_mm_mlp_adapter True (projector) or --lora_enable True (LoRA)")
     log_to_console()
+    check_writable(training_args.output_dir)
     set_seed(training_args.seed)
 
     records = read_records(data_args, yes_no=stage == "lora")

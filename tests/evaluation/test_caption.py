@@ -3,8 +3,11 @@ import json
 
 import pytest
 
+from med3dvlm.data.manifest import ManifestError
 from med3dvlm.evaluation import caption, common
+from med3dvlm.evaluation.command import RequestError
 from med3dvlm.inference import QuestionError
+from med3dvlm.model.weights import CheckpointError
 
 
 def run(data_root, vlm_folder, output, *more):
@@ -70,3 +73,55 @@ def test_missing_wordnet_is_said_with_the_command_that_brings_it(data_root, vlm_
     assert summary["scores"]["meteor"] is None and "apt-get install" in summary["missing"]["meteor"]
     with open(tmp_path / "tiny-vlm_eval_caption.csv", newline="") as file:
         assert next(csv.DictReader(file))["meteor"] == ""
+
+
+@pytest.mark.parametrize("flag, name, message", [
+    ("--bertscore_model", "/no/such/folder", "no such folder, and not to be had from the hub"),
+    ("--extra_metric", "/no/such/metric", "no such folder, and not to be had from the hub"),
+    ("--bertscore_model", "here", "cannot be loaded"),
+    ("--extra_metric", "here", "cannot be loaded"),
+])  # fmt: skip
+def test_a_metric_that_cannot_be_had_is_named_before_any_answer(
+    data_root, vlm_folder, tmp_path, monkeypatch, flag, name, message
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "here.py").write_text("no python")
+    name = str(tmp_path / name)  # an absolute name stays as it is
+    monkeypatch.setattr("med3dvlm.inference.Med3DVLM.encode", lambda *_: pytest.fail("an image was encoded before"))
+    with pytest.raises(RequestError, match=f"^{flag} {name}: {message} \\("):
+        run(data_root, vlm_folder, tmp_path / "out", flag, name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_fails_loses_no_answers(data_root, vlm_folder, tmp_path):
+    """A metric of numbers can be loaded, and finds out at the end that answers are texts."""
+    run(data_root, vlm_folder, tmp_path / "scored")
+    (tmp_path / "fails").mkdir()
+    (tmp_path / "fails" / "fails.py").write_text(FAILING_METRIC)
+    run(data_root, vlm_folder, tmp_path / "out", "--limit", "2")
+    with pytest.raises(RuntimeError, match="no numbers"):
+        run(data_root, vlm_folder, tmp_path / "out", "--extra_metric", str(tmp_path / "fails"))
+    kept, scored = predictions(tmp_path / "out"), predictions(tmp_path / "scored")
+    assert len(kept) == 6 and all(row.items() >= answer.items() for row, answer in zip(scored, kept, strict=True))
+    assert not (tmp_path / "out" / "summary.json").exists(), "the summary of the run before, of two answers"
+
+
+FAILING_METRIC = """
+import datasets
+import evaluate
+
+class Fails(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        raise RuntimeError("no numbers")
+"""
+
+
+@pytest.mark.parametrize("missing", ["--cap_data_path", "--model_name_or_path"])
+def test_input_that_is_not_there_leaves_no_folder(data_root, vlm_folder, tmp_path, missing):
+    with pytest.raises((ManifestError, CheckpointError)):
+        run(data_root, vlm_folder, tmp_path / "out", missing, str(tmp_path / "absent"))
+    assert not (tmp_path / "out").exists()

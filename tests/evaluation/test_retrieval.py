@@ -7,6 +7,7 @@ import pytest
 from med3dvlm.data.manifest import ManifestError
 from med3dvlm.data.volume import VolumeError
 from med3dvlm.evaluation import retrieval
+from med3dvlm.model.weights import CheckpointError
 
 
 def run(data_root, clip_folder, output, *more):
@@ -82,3 +83,10 @@ def test_same_series_needs_company():
     assert retrieval.same_series_scores(np.eye(2), ["Axial_a", "Axial_b"]) is None
     scores = retrieval.same_series_scores(np.eye(5), ["x", "y", "x", "z", "y"])
     assert scores["cases"] == 4 and scores["image_to_text"]["R@1"] == 1
+
+
+@pytest.mark.parametrize("missing", ["--cap_data_path", "--model_name_or_path"])
+def test_input_that_is_not_there_leaves_no_folder(data_root, clip_folder, tmp_path, missing):
+    with pytest.raises((ManifestError, CheckpointError)):
+        run(data_root, clip_folder, tmp_path / "out", missing, str(tmp_path / "absent"))
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from med3dvlm.data.manifest import ManifestError
 from med3dvlm.evaluation import vqa
+from med3dvlm.evaluation.command import RequestError
 from med3dvlm.evaluation.common import Sample
 from med3dvlm.inference import QuestionError
 from tests.helpers.tiny_data import write_table
@@ -125,3 +126,27 @@ def test_missing_file_is_named_with_manifest_and_row(data_root, vlm_folder, tmp_
     path = write_table(tmp_path / "t.csv", [["nowhere.nii.gz", "", 1, "Q?", "x", "y", "NA", "NA", "x", "A"]])
     with pytest.raises(ManifestError, match="t.csv, row 0.*nowhere.nii.gz"):
         run(data_root, vlm_folder, tmp_path, "--vqa_data_test_path", str(path))
+
+
+@pytest.mark.parametrize("flags", [["--close_ended"], []])
+def test_answers_are_there_before_they_are_scored(data_root, vlm_folder, tmp_path, monkeypatch, flags):
+    def fails(*_):
+        assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 6
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(vqa, "score_closed" if flags else "score_open", fails)
+    with pytest.raises(ZeroDivisionError):
+        run(data_root, vlm_folder, tmp_path / "out", *flags)
+
+
+def test_bertscore_is_not_loaded_for_letters(data_root, vlm_folder, tmp_path):
+    absent = ["--bertscore_model", "/no/such/folder"]
+    assert "closed_accuracy" in run(data_root, vlm_folder, tmp_path, "--close_ended", *absent)
+    with pytest.raises(RequestError, match="^--bertscore_model /no/such/folder: no such folder"):
+        run(data_root, vlm_folder, tmp_path, *absent)
+
+
+def test_a_table_that_is_not_there_leaves_no_folder(data_root, vlm_folder, tmp_path):
+    with pytest.raises(ManifestError):
+        run(data_root, vlm_folder, tmp_path / "out", "--vqa_data_test_path", str(tmp_path / "absent.csv"))
+    assert not (tmp_path / "out").exists()

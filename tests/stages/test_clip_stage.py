@@ -18,7 +18,7 @@ from med3dvlm.model.clip import CLIPModel
 from med3dvlm.model.weights import CheckpointError, read_tensors, write_tensors
 from med3dvlm.processing import load_tokenizer
 from med3dvlm.train.arguments import FlagError
-from med3dvlm.train.trainer import require_batch
+from med3dvlm.train.trainer import CheckpointCallback, require_batch
 from tests.helpers.tiny_stages import TRAINING_CASES, copy_run, damaged_data, different, interrupt, losses
 
 # Two steps are an epoch (10 cases, batches of 4, the rest dropped).
@@ -116,6 +116,52 @@ def test_an_incomplete_checkpoint_is_not_continued_from(stages, run, tmp_path, c
     assert losses(folder) == losses(run)
 
 
+def stop_after(monkeypatch, step):
+    """Interrupt a run when this step is done, with what it has saved until then."""
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointCallback, "on_step_begin", stop)
+
+
+def test_auto_never_takes_the_checkpoint_of_an_older_run(stages, run, tmp_path, monkeypatch, caplog):
+    """A fresh start with another seed, over a finished run, is interrupted: it goes on as what it was."""
+    folder, flags = copy_run(run, tmp_path / "run"), [*STEPS, "--save_steps", 2, "--seed", 5]
+    stages.clip(tmp_path / "undisturbed", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        stages.clip(folder, *flags)
+    assert f"6 checkpoints of an older run in {folder} are set aside" in caplog.text and "checkpoint-6)" in caplog.text
+    assert len(list(folder.glob("checkpoint-*/model.safetensors"))) == 6, "files of the older run are gone"
+    caplog.clear()
+    stages.clip(folder, *flags, "--resume_from_checkpoint", "auto")
+    assert f"continuing from {folder / 'checkpoint-2'}" in caplog.text and "set aside" not in caplog.text
+    assert losses(folder) == losses(tmp_path / "undisturbed") != losses(run)
+    encoders = [read_tensors(place / "pretrained_ViT.bin") for place in (folder, tmp_path / "undisturbed")]
+    assert not different(*encoders)
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(stages, run, tmp_path, monkeypatch):
+    folder = copy_run(run, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 4)
+        stages.clip(folder, *STEPS, *SAVE, "--resume_from_checkpoint", folder / "checkpoint-3")
+    complete = sorted(file.parent.name for file in folder.glob("checkpoint-*/complete"))
+    assert complete == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6], ids=["fewer than trained", "within an epoch", "as many as trained"])
+def test_a_run_with_nothing_left_to_train_says_so(stages, run, tmp_path, caplog, steps):
+    folder = copy_run(run, tmp_path / "run")
+    interrupt(folder, *range(1, max(steps, 5) + 1))
+    last = folder / f"checkpoint-{max(steps, 5)}"
+    stages.clip(folder, "--max_steps", steps, *SAVE, "--resume_from_checkpoint", "auto")
+    assert f"nothing left to train: {last} is of step {max(steps, 5)} of {steps}" in caplog.text
+    assert not different(load_file(folder / "model.safetensors"), load_file(last / "model.safetensors"))
+
+
 def test_a_named_checkpoint_is_continued_from(stages, run, tmp_path):
     stages.clip(tmp_path, *STEPS, "--save_strategy", "no", "--resume_from_checkpoint", run / "checkpoint-2")
     assert losses(tmp_path) == losses(run)
@@ -187,6 +233,13 @@ def test_other_losses_and_encoders_train(stages, tmp_path, flags):
     model = CLIPModel.from_pretrained(tmp_path)
     assert hasattr(model, "logit_scale") == ("nce" in flags)
     load_vision_encoder(model, tmp_path / "pretrained_ViT.bin")
+
+
+@pytest.mark.parametrize("flag", ["--language_model_name_or_path", "--pretrained_model"])
+def test_a_model_to_start_from_that_is_not_there_is_named(stages, tmp_path, flag):
+    with pytest.raises(CheckpointError, match="^/no/such/model: no such folder; name a folder, or"):
+        stages.clip(tmp_path / "run", flag, "/no/such/model")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("length", [["--max_steps", 2], ["--max_steps", -1, "--num_train_epochs", 2]])

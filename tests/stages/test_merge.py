@@ -161,6 +161,34 @@ def test_a_folder_that_lacks_a_file_of_the_stage_is_named(untied_lora, tmp_path,
     assert not (tmp_path / "model").exists()
 
 
+def test_the_file_that_is_named_is_the_one_that_is_merged(untied_lora, tmp_path):
+    copy = shutil.copytree(untied_lora, tmp_path / "lora", ignore=shutil.ignore_patterns("checkpoint-*"))
+    tensors = read_tensors(copy / "model_with_lora.bin")
+    changed = {key: t * 1.5 if ".mm_projector." in key else t for key, t in tensors.items()}
+    write_tensors(changed, copy / "model_with_lora.safetensors")
+    for name, expected in (("model_with_lora.bin", tensors), ("model_with_lora.safetensors", changed)):
+        merge.main(["--model_with_lora", str(copy / name), "--output_dir", str(tmp_path / name)])
+        merged = {k: t for k, t in read_weights(tmp_path / name).items() if ".mm_projector." in k}
+        assert merged and not different(merged, {key: expected[f"base_model.model.{key}"] for key in merged})
+
+
+@pytest.mark.parametrize("named, message", [
+    ("absent", "^absent: no such folder or file; name the folder that the LoRA stage wrote"),
+    ("lora/model_with_lora.pt", "^lora/model_with_lora.pt: no such folder or file"),
+    ("stray.bin", "^stray.bin: expected the output of the LoRA stage, found no base_model.json beside it$"),
+    ("lora/adapter_config.json", "^lora/adapter_config.json: not a readable weight file"),
+])  # fmt: skip
+def test_what_is_no_weight_file_of_the_stage_is_named_as_it_was_given(
+    untied_lora, tmp_path, monkeypatch, named, message
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(untied_lora, "lora", ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copy("lora/model_with_lora.bin", "stray.bin")
+    with pytest.raises(CheckpointError, match=message):
+        merge.main(["--model_with_lora", named, "--output_dir", "model"])
+    assert not (tmp_path / "model").exists()
+
+
 def test_the_folder_of_another_stage_is_refused(stages, tmp_path):
     stages.vlm(tmp_path / "projector", *PROJECTOR)
     with pytest.raises(CheckpointError, match="projector: expected the output of the LoRA stage"):

@@ -293,6 +293,16 @@ def test_a_half_precision_base_trains_in_float32(stages, tmp_path):
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
 
 
+def test_a_base_model_that_is_not_there_is_named(stages, tmp_path):
+    (tmp_path / "file").touch()
+    for name, message in (("/no/such/model", "^/no/such/model: no such folder; name a folder, or"),
+                          (tmp_path / "file", "^.*/file is a file: name the folder of the checkpoint"),
+                          (tmp_path, "holds no tokenizer")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            stages.vlm(tmp_path / "run", *PROJECTOR, "--model_name_or_path", name)
+    assert not (tmp_path / "run").exists()
+
+
 def test_saying_what_trains_is_required(stages, tmp_path):
     with pytest.raises(ValueError, match="--tune_mm_mlp_adapter True .* or --lora_enable True"):
         stages.vlm(tmp_path)
