@@ -233,6 +233,16 @@ def test_an_output_that_cannot_be_written(model, scans, tmp_path, capsys):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_a_file_cut_anywhere_is_completed(tmp_path, ending):
+def test_two_runs_at_a_time_do_not_share_a_file(model, scans, tmp_path, capsys):
+    output = tmp_path / "new folder" / "answers.csv"
+    with ResultFile(output, {"seed": 0}):
+        before = output.read_bytes()
+        assert demo.run(arguments(model, scans / "000001", "--output", output)) == 1
+        assert f"another run writes {output}" in capsys.readouterr().err and output.read_bytes() == before
+    with ResultFile(output, {"seed": 0}) as results:
+        assert not results.done
+
+
     rows = [dict.fromkeys(COLUMNS) | {"image": f"scan {i}", "question": 'a "quoted"\nline, µ\u2028', "answer": answer}
             for i, answer in enumerate(["one\nline, \"two\"", "", "three\r\n"])]  # fmt: skip
     rows[1]["error"] = "broken"
