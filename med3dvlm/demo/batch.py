@@ -66,11 +66,19 @@ def holds_one_scan(folder: Path) -> bool:
     return bool(slice_files(folder)) or any(is_dicom_file(file) for file in _visible(folder) if file.is_file())
 
 
-def scans_in(folder: Path) -> Iterator[Path]:
-    """Volume files and folders that hold one scan, at any depth, in the order of their names."""
+def scans_in(folder: Path, seen: set[str] | None = None) -> Iterator[Path]:
+    """Volume files and folders that hold one scan, at any depth, in the order of their names.
+
+    Links are followed, but no folder is read twice. One that cannot be read counts as a scan, which says so when its
+    turn comes. seen: the folders so far.
+    """
+    seen = {os.path.realpath(folder)} if seen is None else seen
     for entry in _visible(folder):
         if entry.is_dir():
-            yield from [entry] if holds_one_scan(entry) else scans_in(entry)
+            real = os.path.realpath(entry)
+            if real not in seen:
+                seen.add(real)
+                yield from [entry] if _is_one_scan(entry) else scans_in(entry, seen)
         elif entry.name.lower().endswith(ENDINGS):
             header = header_of(entry)
             if header is None or not header.exists():  # otherwise it stands for both
@@ -79,6 +87,13 @@ def scans_in(folder: Path) -> Iterator[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _is_one_scan(folder: Path) -> bool:
+    try:
+        return holds_one_scan(folder)
+    except OSError:  # reading the scan fails in the same way
+        return True
 
 
 def _job(image: str, path: Path | None, question: str, args: argparse.Namespace) -> Job:
