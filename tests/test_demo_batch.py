@@ -315,6 +315,20 @@ def test_a_folder_that_cannot_be_read_is_an_error_of_its_own(model, scans, monke
     assert [row["error"] is None for row in rows] == [True, False, True] and "Permission denied" in rows[1]["error"]
 
 
+def test_volumes_beside_slices_need_a_choice(model, scans, tmp_path, capsys, monkeypatch):
+    """A stray picture does not make one scan of them; the sentence says how to ask about all."""
+    for name in ("a.nii.gz", "b.nii.gz"):
+        shutil.copy(scans / NAMES[0], tmp_path / name)
+    (tmp_path / "logo.png").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("med3dvlm.demo.command.load", lambda _: pytest.fail("not before there is something to do"))
+        assert demo.run(arguments(model, tmp_path, "--question", "Where?", "--output", tmp_path / "out/a.csv")) == 1
+    error = capsys.readouterr().err
+    assert "holds a.nii.gz, b.nii.gz beside slices or DICOM files" in error and "--batch" in error
+    assert demo.run(arguments(model, tmp_path, "--question", "Where?", "--batch")) == 0
+    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == ["a.nii.gz", "b.nii.gz"]
+
+
 def test_a_folder_with_one_scan_is_one_scan_unless_told_otherwise(model, scans, capsys):
     folder = scans / "000001"
     assert len(demo.main(arguments(model, folder, "--question", "Where?")).answers) == 1
