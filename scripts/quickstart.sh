@@ -3,7 +3,8 @@
 # About 10 minutes on 2 CPU cores and 8 GB of memory, the installation included. The tiny twin of docs/reproducing.md:
 # the same commands, at the published sizes, are what a cluster runs.
 #   sh scripts/quickstart.sh [--seed S] [--output DIR]
-# Interrupted, it goes on where it was when it is started again. Results: DIR/report.html and DIR/summary.json.
+# Interrupted, it goes on where it was when it is started again. A folder takes one run at a time.
+# Results: DIR/report.html and DIR/summary.json.
 set -eu
 . "$(dirname -- "$0")/lib/env.sh"
 
@@ -41,6 +42,9 @@ if stage ask_scan; then
     say "Finished before: $OUT/report.html (another --output starts afresh)"
     exit 0
 fi
+
+exec 9>>"$OUT/.lock"
+"$PY" "$ROOT/scripts/lib/stage.py" --lock "$OUT" 9 # held until this script, and the stage that it runs, have ended
 
 # 1. Data: raw slices and reports as M3D has them, prepared volumes, tables that name them
 python_stage phantom med3dvlm.data.phantom --output "$DATA" --cases 4000 --seed "$SEED"

@@ -1,6 +1,7 @@
 """Many scans: a folder or a table, written row by row, killed and resumed."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pydicom.data import get_testdata_file
@@ -231,6 +233,16 @@ def test_an_output_that_cannot_be_written(model, scans, tmp_path, capsys):
     assert "partial" not in error and error.count("\n") == 1
 
 
+def test_two_runs_at_a_time_do_not_share_a_file(model, scans, tmp_path, capsys):
+    output = tmp_path / "new folder" / "answers.csv"
+    with ResultFile(output, {"seed": 0}):
+        before = output.read_bytes()
+        assert demo.run(arguments(model, scans / "000001", "--output", output)) == 1
+        assert f"another run writes {output}" in capsys.readouterr().err and output.read_bytes() == before
+    with ResultFile(output, {"seed": 0}) as results:
+        assert not results.done
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_a_file_cut_anywhere_is_completed(tmp_path, ending):
     rows = [dict.fromkeys(COLUMNS) | {"image": f"scan {i}", "question": 'a "quoted"\nline, µ\u2028', "answer": answer}
@@ -278,6 +290,43 @@ def test_what_is_a_scan_in_a_folder(scans, tmp_path):
     found = [scan.relative_to(tmp_path).as_posix() for scan in scans_in(tmp_path)]
     assert found == [*(f"nifti/{name}" for name in NAMES), "pair.hdr", "patient/series 1", "patient/series 2", "png",
                      "scan.NRRD", "scan.zip"]  # fmt: skip
+
+
+def test_no_folder_is_read_twice(scans, tmp_path):
+    shutil.copytree(scans, tmp_path / "scans")
+    for name, target in (("000000/loop", ".."), ("zz", "000001"), ("here", "."), ("gone", "nowhere")):
+        (tmp_path / "scans" / name).symlink_to(target)
+    found = [scan.relative_to(tmp_path / "scans").as_posix() for scan in scans_in(tmp_path / "scans")]
+    assert found == NAMES
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_of_its_own(model, scans, monkeypatch, capsys):
+    listed = Path.iterdir
+
+    def iterdir(folder):
+        if folder.name == "000000b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert demo.run(arguments(model, scans)) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == [NAMES[0], "000000b", NAMES[2]]
+    assert [row["error"] is None for row in rows] == [True, False, True] and "Permission denied" in rows[1]["error"]
+
+
+def test_volumes_beside_slices_need_a_choice(model, scans, tmp_path, capsys, monkeypatch):
+    """A stray picture does not make one scan of them; the sentence says how to ask about all."""
+    for name in ("a.nii.gz", "b.nii.gz"):
+        shutil.copy(scans / NAMES[0], tmp_path / name)
+    (tmp_path / "logo.png").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("med3dvlm.demo.command.load", lambda _: pytest.fail("not before there is something to do"))
+        assert demo.run(arguments(model, tmp_path, "--question", "Where?", "--output", tmp_path / "out/a.csv")) == 1
+    error = capsys.readouterr().err
+    assert "holds a.nii.gz, b.nii.gz beside slices or DICOM files" in error and "--batch" in error
+    assert demo.run(arguments(model, tmp_path, "--question", "Where?", "--batch")) == 0
+    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == ["a.nii.gz", "b.nii.gz"]
 
 
 def test_a_folder_with_one_scan_is_one_scan_unless_told_otherwise(model, scans, capsys):

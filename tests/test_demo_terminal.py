@@ -14,7 +14,7 @@ import pytest
 from med3dvlm.data.prompts import CAPTION_PROMPTS
 from med3dvlm.demo.arguments import parse_arguments
 from med3dvlm.demo.interactive import Conversation
-from med3dvlm.demo.terminal import BOLD, Terminal
+from med3dvlm.demo.terminal import BOLD, Terminal, typed_path
 from med3dvlm.inference import load_model
 from tests.helpers.commands import ROOT
 from tests.helpers.tiny_data import write_prepared_tree
@@ -223,6 +223,18 @@ def test_pipes(model, scans):
     line = f"yes Where? | head -50 | {sys.executable} -m med3dvlm.demo {flags} | head -2"
     done = subprocess.run(line, shell=True, env=ENVIRONMENT, capture_output=True, timeout=120)
     assert done.stdout.startswith(b"question: Where?") and b"Traceback" not in done.stderr and not done.stderr
+
+
+def test_a_path_as_terminals_write_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my scan (1).nii", "a\\ b.nii", "it's.nii"):
+        (tmp_path / name).touch()
+    escaped = f"{tmp_path}/my\\ scan\\ \\(1\\).nii"
+    for typed in (escaped, f"{tmp_path}/my scan (1).nii", f"'{tmp_path}/my scan (1).nii'", "~/my\\ scan\\ \\(1\\).nii"):
+        assert typed_path(typed) == f"{tmp_path}/my scan (1).nii"
+    assert typed_path(f"{tmp_path}/it\\'s.nii") == f"{tmp_path}/it's.nii"
+    for typed in ("a\\ b.nii", "gone\\ by.nii", "new\\", "my\\ scan two"):  # as typed: there, or nowhere
+        assert typed_path(f"{tmp_path}/{typed}") == f"{tmp_path}/{typed}"
 
 
 def test_no_colours_where_they_are_not_wanted(monkeypatch):

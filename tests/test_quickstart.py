@@ -1,11 +1,14 @@
 """The quickstart's frame: its arguments, and the record by which an interrupted run goes on."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -75,7 +78,7 @@ def checkout(tmp_path):
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
 
-    def run(*arguments):
+    def start(*arguments):
         # An installation that was finished: the stamp that setup_venv compares with.
         version = subprocess.run([python, "-V"], capture_output=True, text=True).stdout.strip()
         with open(tmp_path / "requirements-cpu.txt") as file:
@@ -83,9 +86,15 @@ def checkout(tmp_path):
         (tmp_path / ".venv/.installed-requirements-cpu.txt").write_text(f"{sum_} {version}\n")
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH")}
         command = ["sh", str(tmp_path / "scripts/quickstart.sh"), *arguments]
-        return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.Popen(command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True)  # fmt: skip
 
-    run.folder = tmp_path
+    def run(*arguments):
+        process = start(*arguments)
+        stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    run.start, run.folder = start, tmp_path
     return run
 
 
@@ -126,6 +135,71 @@ def test_a_stage_that_fails_stops_the_run(checkout):
     assert done.returncode != 0
     assert "== phantom failed with exit code 1" in done.stdout and "== prepare" not in done.stdout
     assert not (checkout.folder / "out/stages.json").exists()
+
+
+# ---------------------------------------------------------------- at the same time, and ended
+
+# Says that it has started and, a moment after it was told to end, by what.
+PATIENT = """
+import os, signal, sys, time
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: told.append(signal.Signals(number).name))
+open(sys.argv[1], "w").write(str(os.getpid()))
+end = time.monotonic() + 30
+while not told and time.monotonic() < end:
+    time.sleep(0.01)
+time.sleep(0.5)
+open(sys.argv[1], "a").write(" " + " ".join(told))
+"""
+
+
+def wait_until(happened, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def text_of(file):
+    return file.read_text() if file.exists() else ""
+
+
+def test_a_second_run_in_the_same_folder_is_refused(checkout):
+    output = checkout.folder / "out"
+    output.mkdir()
+    with open(output / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = checkout("--output", str(output))
+    assert done.returncode == 1 and f"another run is using {output}" in done.stderr and "== phantom" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_ends_its_stage_and_holds_the_folder_until_then(checkout, number):
+    output, log = checkout.folder / "out", checkout.folder / "log"
+    package = checkout.folder / "med3dvlm/data"
+    package.mkdir(parents=True)
+    (package / "phantom.py").write_text(PATIENT.replace("sys.argv[1]", repr(str(log))))
+    first = checkout.start("--output", str(output))
+    wait_until(lambda: text_of(log))
+    first.send_signal(number)
+    first.wait(20)
+    with open(output / ".lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    wait_until(lambda: text_of(log).endswith(" SIGTERM"))
+    wait_until(lambda: not os.path.exists(f"/proc/{text_of(log).split()[0]}"))
+    assert first.stderr.read() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_that_is_told_to_end_passes_it_on_and_waits(tmp_path, number):
+    log = tmp_path / "log"
+    command = [sys.executable, str(STAGE), str(tmp_path), "0", "clip", sys.executable, "-c", PATIENT, str(log)]
+    stage = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(lambda: text_of(log))
+    stage.send_signal(number)
+    _, error = stage.communicate(timeout=20)
+    assert log.read_text().endswith(f" {number.name}") and error == b""
 
 
 # ---------------------------------------------------------------- the record

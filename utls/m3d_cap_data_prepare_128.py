@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without PYTHONPATH and without installing
 
+from med3dvlm.data.command import run_command  # noqa: E402
 from med3dvlm.data.prepare import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from med3dvlm.data import prepare
+from med3dvlm.data.command import run_command
 from med3dvlm.data.data_card import Written, draw_splits, split_rule, write_data_card
 from med3dvlm.data.outputs import VERSION, write_manifests, write_mapping
 from med3dvlm.data.prepare_arguments import parse_arguments
@@ -123,4 +124,4 @@ def _link(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from med3dvlm.data.command import run_command
 from med3dvlm.data.download import download
 from med3dvlm.data.finished import is_finished, remove_leftovers
 from med3dvlm.data.items import find_items
@@ -255,4 +256,4 @@ def report(summary: Summary, notes: list[str], output: Path, seconds: float) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -17,6 +17,7 @@ from med3dvlm.data.checks.inputs import Inputs, NothingToCheck, add_arguments, f
 from med3dvlm.data.checks.leakage import case_of
 from med3dvlm.data.checks.page import document, picture, three_planes
 from med3dvlm.data.checks.volumes import Reader
+from med3dvlm.data.command import run_command
 from med3dvlm.data.files import write_bytes
 from med3dvlm.data.manifest import CHOICE_LETTERS, VQARecord, missing_hint
 from med3dvlm.data.volume import VolumeError
@@ -152,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

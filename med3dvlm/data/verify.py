@@ -22,6 +22,7 @@ from med3dvlm.data.checks.leakage import case_leaks, image_leaks, patient_leaks
 from med3dvlm.data.checks.page import results_page, three_planes
 from med3dvlm.data.checks.texts import check_question, check_report, repeated_reports
 from med3dvlm.data.checks.volumes import Reader, VolumeFacts, check_volume
+from med3dvlm.data.command import run_command
 from med3dvlm.data.files import write_bytes
 from med3dvlm.data.readers.base import PUBLISHED_SIZE
 from med3dvlm.data.volume import VolumeError
@@ -279,4 +280,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from med3dvlm.data import readers
+from med3dvlm.data.command import run_command
 from med3dvlm.data.geometry import OBLIQUE_DEGREES, canonical_turn, voxel_spacing
 from med3dvlm.data.prepared import PREPARED_ERROR, write_prepared
 from med3dvlm.data.readers.base import MAX_VOXELS, NAN_RULES, PUBLISHED_SIZE, Reading, SeriesInfo, VolumeError
@@ -255,4 +256,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

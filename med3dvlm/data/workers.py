@@ -1,15 +1,18 @@
 """Processes that work on tasks and may die: one pipe each, so that it is known which task a death belongs to."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from med3dvlm.data.command import TERMINATED, end_tidily
+
 _END = "end of task"  # what a worker sends after the last result of a task
-_PATIENCE = 30  # seconds for a worker to finish what it is doing when the run ends early
+_PATIENCE = 10  # seconds for a worker to end, whose native code may have to return first
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ def run_tasks(make: Callable[[], Callable], tasks: Iterable, count: int) -> Iter
 
     make: called once in each process; what it returns takes a task and gives an iterator of results.
     count: processes. With 1, this process does the work itself, and dies where a worker would.
-    A worker that dies gives (task, Death), and another one takes its place. Closing the generator lets every worker
-    finish its task, or at least end.
+    A worker that dies gives (task, Death), and another one takes its place. Closing the generator ends the workers in
+    the middle of their tasks, whose results nobody would hear of; what they had in temporary files is removed. They end
+    so, too, when this process is gone, however it ended.
     """
     if count == 1:
         work = make()
@@ -67,6 +71,8 @@ def _start(make: Callable) -> _Worker:
 def _serve(pipe: Connection, make: Callable) -> None:
     """The life of a worker: until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the first process decides
+    end_tidily()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     work = make()
     try:
         while True:
@@ -75,6 +81,11 @@ def _serve(pipe: Connection, make: Callable) -> None:
             pipe.send(_END)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # nobody waits any more
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 def _hand_out(worker: _Worker, task) -> None:
@@ -113,6 +124,8 @@ def _receive(worker: _Worker, workers: list[_Worker], tasks: Iterator, make: Cal
 
 
 def _cause(code: int | None) -> str:
+    if code == TERMINATED:
+        code = -signal.SIGTERM
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
@@ -122,9 +135,10 @@ def _cause(code: int | None) -> str:
 
 def _stop(workers: list[_Worker]) -> None:
     for worker in workers:
+        worker.process.terminate()
         worker.pipe.close()
     for worker in workers:
         worker.process.join(_PATIENCE)
         if worker.process.is_alive():
-            worker.process.terminate()
+            worker.process.kill()
             worker.process.join()

@@ -9,7 +9,7 @@ A scan is whatever `load_volume` reads: NIfTI, DICOM, NRRD, MetaImage, NumPy, a 
 the preprocessing that is stored beside the model. Questions and answers go to standard output; warnings, errors and
 progress to standard error.
 Exit codes: 0 all answered; 1 a scan, a question or the model could not be used (one line says why); 2 wrong arguments;
-130 interrupted. For research only, not a medical device.
+130 interrupted; 143 ended by SIGTERM. For research only, not a medical device.
 """
 
 import io

@@ -12,7 +12,7 @@ from shutil import get_terminal_size
 from tqdm import tqdm
 
 from med3dvlm.data.prompts import CAPTION_PROMPTS
-from med3dvlm.data.readers import ENDINGS, header_of
+from med3dvlm.data.readers import ENDINGS, header_of, volume_files
 from med3dvlm.data.readers.dicom_header import is_dicom_file
 from med3dvlm.data.readers.slices import slice_files
 from med3dvlm.data.sources.base import SourceError
@@ -43,7 +43,7 @@ def find_jobs(args: argparse.Namespace) -> list[Job] | None:
     A folder is one scan where slices or DICOM files lie directly in it, where a series is named, or where only one scan
     is found in it and no `--output` is given. Otherwise, and with `--batch`, it is a folder of scans.
     Raises:
-        VolumeError: nothing there. CommandError: a table that cannot be used.
+        VolumeError: nothing there, or one scan beside others. CommandError: a table that cannot be used.
     """
     if args.image_path is None:
         return None
@@ -58,6 +58,10 @@ def find_jobs(args: argparse.Namespace) -> list[Job] | None:
             return [_job(scan.relative_to(path).as_posix(), scan, "", args) for scan in scans]
         if many:
             raise VolumeError(f"{path}: holds no scans ({', '.join(ENDINGS)}, or folders of DICOM or slices)")
+    elif path.is_dir() and not args.series and (volumes := volume_files(path)):
+        found = ", ".join(volume.name for volume in volumes[:10])
+        choice = "give the path of one of them, or --batch for all volume files and folders of slices or DICOM"
+        raise VolumeError(f"{path}: holds {found} beside slices or DICOM files; {choice}")
     return [_job(args.image_path, path, "", args)] if many else None
 
 
@@ -66,15 +70,30 @@ def holds_one_scan(folder: Path) -> bool:
     return bool(slice_files(folder)) or any(is_dicom_file(file) for file in _visible(folder) if file.is_file())
 
 
-def scans_in(folder: Path) -> Iterator[Path]:
-    """Volume files and folders that hold one scan, at any depth, in the order of their names."""
+def scans_in(folder: Path, seen: set[str] | None = None) -> Iterator[Path]:
+    """Volume files and folders that hold one scan, at any depth, in the order of their names.
+
+    Links are followed, but no folder is read twice. One that cannot be read counts as a scan, which says so when its
+    turn comes. seen: the folders so far.
+    """
+    seen = {os.path.realpath(folder)} if seen is None else seen
     for entry in _visible(folder):
         if entry.is_dir():
-            yield from [entry] if holds_one_scan(entry) else scans_in(entry)
+            real = os.path.realpath(entry)
+            if real not in seen:
+                seen.add(real)
+                yield from [entry] if _is_one_scan(entry) else scans_in(entry, seen)
         elif entry.name.lower().endswith(ENDINGS):
             header = header_of(entry)
             if header is None or not header.exists():  # otherwise it stands for both
                 yield entry
+
+
+def _is_one_scan(folder: Path) -> bool:
+    try:
+        return holds_one_scan(folder)
+    except OSError:  # reading the scan fails in the same way
+        return True
 
 
 def _visible(folder: Path) -> list[Path]:

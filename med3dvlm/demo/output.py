@@ -3,6 +3,7 @@ so that a killed run goes on where it was.
 """
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -50,25 +51,34 @@ class ResultFile:
     """Rows in `.jsonl` or `.csv`, each on disk before the next scan is looked at.
 
     Beside it stands `<name>.run.json` with what the rows depend on. A row that was cut off when a run was killed is
-    removed, and its scan is done again.
+    removed, and its scan is done again. The file is locked as long as it is open.
 
     Attributes:
         done: how often each `(image, question)` stands in the file; failed: how often with an error.
     Raises:
-        CommandError: the file is of another run, or of none, or cannot be written.
+        CommandError: the file is of another run, of one that still goes on, or of none, or cannot be written.
     """
 
     def __init__(self, path, settings: dict):
         self.path = Path(path)
         self.is_csv = self.path.suffix.lower() == ".csv"
         self.done, self.failed = Counter(), Counter()
+        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for a reader
+            raise CommandError(f"{self.path} is no file: name another --output")
         with writing(self.path):
-            self._check_settings(settings)
-            for row in self._rows_so_far():
-                self._count(row)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115  open as long as the run
-        if self.is_csv and not self.path.stat().st_size:
-            self._write(_csv_line(COLUMNS))
+        try:
+            self._lock()
+            with writing(self.path):
+                self._check_settings(settings)
+                for row in self._rows_so_far():
+                    self._count(row)
+            if self.is_csv and not self.path.stat().st_size:
+                self._write(_csv_line(COLUMNS))
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "ResultFile":
         return self
@@ -81,6 +91,13 @@ class ResultFile:
         self._count(row)
         row = {name: row[name] for name in COLUMNS}  # not the seconds, which differ from run to run
         self._write(_csv_line(map(_cell, row.values())) if self.is_csv else json_line(row))
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            advice = "wait for it, end it, or name another --output"
+            raise CommandError(f"another run writes {self.path}: {advice}") from error
 
     def _count(self, row: dict) -> None:
         key = row["image"], row["question"]
@@ -96,7 +113,7 @@ class ResultFile:
     def _check_settings(self, settings: dict) -> None:
         beside = self.path.with_name(f"{self.path.name}.run.json")
         advice = "name another --output, or remove it"
-        if not self.path.exists():
+        if not self.path.stat().st_size:  # new, or a run was killed before its first row
             write_bytes(beside, (json.dumps(settings, indent=2) + "\n").encode("utf-8"))
             return
         if not beside.is_file():
@@ -111,7 +128,7 @@ class ResultFile:
 
     def _rows_so_far(self) -> list[dict]:
         """The whole rows of the file; what follows them is cut off."""
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = self.path.read_bytes()
         whole = data[: _whole_lines(data, self.is_csv)]
         if len(whole) < len(data):
             os.truncate(self.path, len(whole))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -69,10 +70,21 @@ def sentence(error: Exception) -> str:
 
 
 def typed_path(text: str) -> str:
-    """A path as it is typed or dropped into a terminal: without quotes around it, `~` is the home folder."""
+    """A path as it is typed or dropped into a terminal: without quotes around it, `~` is the home folder.
+
+    Many terminals put backslashes before blanks. They are taken away where there is such a file only without them.
+    """
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
-    return os.path.expanduser(text)
+    path = os.path.expanduser(text)
+    if "\\" in text and not os.path.exists(path):
+        try:
+            (text,) = shlex.split(text)
+        except ValueError:  # not what a terminal writes
+            return path
+        if os.path.exists(unescaped := os.path.expanduser(text)):
+            return unescaped
+    return path
 
 
 def short_name(path: str | None) -> str:

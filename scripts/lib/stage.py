@@ -1,19 +1,28 @@
 """Run one stage of the quickstart as a child process and record what it took in `stages.json`.
 
     python scripts/lib/stage.py RUN_DIR SEED NAME [COMMAND ARGUMENT...]
+    python scripts/lib/stage.py --lock RUN_DIR DESCRIPTOR
 
 Without a command: exit code 0 if the stage is done, 1 if not. A stage recorded with the same command is not run again.
 Seconds are wall time; peak memory is that of the process and its children together, looked at five times a second.
+SIGINT and SIGTERM are passed to the command, which is also ended when the calling script is gone.
+
+With --lock: lock a file that the calling script has open, until script and stage have ended. Exit code 1 where
+another run holds the lock.
 """
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_record(file: Path, seed: int) -> dict:
@@ -43,21 +52,37 @@ def memory_of_tree(process: psutil.Process) -> int:
     return total
 
 
+def lock(folder: str, descriptor: str) -> int:
+    try:
+        fcntl.flock(int(descriptor), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another run is using {folder}; wait for it, end it, or name another folder (--output)")
+    return 0
+
+
 def run(command: list[str]) -> tuple[int, float, float]:
     """Exit code, seconds and peak megabytes of a command."""
-    start, peak = time.monotonic(), 0
-    child = subprocess.Popen(command)
+    start, peak, script = time.monotonic(), 0, os.getppid()
+    child = subprocess.Popen(command, close_fds=False)  # the file that is locked stays open in it
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # they are waited for below
     process = psutil.Process(child.pid)
     while child.poll() is None:
         try:
             peak = max(peak, memory_of_tree(process))
         except psutil.NoSuchProcess:
             pass  # it has just ended: poll() will say so
-        time.sleep(0.2)
+        sent = signal.sigtimedwait(ENDINGS, 0.2)
+        if sent and sent.si_pid:  # Ctrl-C, which nobody sends, reaches the command by itself
+            child.send_signal(sent.si_signo)
+        if script not in (None, os.getppid()):
+            child.terminate()
+            script = None  # once is enough
     return child.returncode, time.monotonic() - start, peak / 2**20
 
 
 def main() -> int:
+    if sys.argv[1] == "--lock":
+        return lock(*sys.argv[2:])
     folder, seed, name, *command = sys.argv[1:]
     file = Path(folder) / "stages.json"
     record = read_record(file, int(seed))

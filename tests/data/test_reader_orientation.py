@@ -145,3 +145,17 @@ def test_nrrd_in_another_space_and_headers_that_say_nothing(tmp_path):
         (warning,) = load_volume(tmp_path / name).warnings
         assert "nothing about its orientation" in warning
     assert load_volume(tmp_path / "x.mha").modality == "CT"
+
+
+@pytest.mark.parametrize(("space", "guessed"), [
+    ("space dimension: 3", True), ("space: scanner-xyz", True), ("space: 3D-right-handed", True),
+    ("space: left-posterior-superior", False), ("space: RAS", False), ("space: Right-Anterior-Superior", False),
+    ("space: LPS", False),
+])  # fmt: skip
+def test_nrrd_whose_space_is_no_anatomy_is_told(tmp_path, space, guessed):
+    """Directions alone lead nowhere; the space that they are in has to be that of a patient."""
+    head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nendian: little\nencoding: raw\n"
+    directions = "space directions: (1,0,0) (0,2,0) (0,0,3)\nspace origin: (0,0,0)\n"
+    (tmp_path / "x.nrrd").write_bytes(f"{head}{space}\n{directions}\n".encode() + BODY.tobytes())
+    warnings = load_volume(tmp_path / "x.nrrd").warnings
+    assert any("left and right are guessed" in warning for warning in warnings) == guessed

@@ -82,7 +82,7 @@ def _decode_folder(folder: Path, reading: Reading) -> Decoded:
     with decoding(folder):
         entries = sorted(e for e in folder.iterdir() if not e.name.startswith("."))
         slices = slice_files(folder)
-    volumes = [e for e in entries if e.is_file() and _reader_of(e) and header_of(e) not in entries]
+    volumes = volume_files(folder)
     if slices and all(e.suffix.lower() in SLICE_SUFFIXES + BESIDE_SLICES for e in entries):
         return read_slices(folder, reading)
     from med3dvlm.data.readers.dicom import looks_like_dicom, read_dicom
@@ -101,6 +101,12 @@ def _decode_folder(folder: Path, reading: Reading) -> Decoded:
     kinds = Counter("folders" if e.is_dir() else f"{e.suffix or 'other'} files" for e in entries)
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(10)) or "nothing"
     raise VolumeError(f"{folder}: holds no slices ({', '.join(SLICE_SUFFIXES)}), no DICOM and no volume file: {found}")
+
+
+def volume_files(folder: Path) -> list[Path]:
+    """The volumes that lie directly in a folder, one for a pair of files; neither slices, DICOM nor zips."""
+    entries = sorted(e for e in folder.iterdir() if not e.name.startswith("."))
+    return [e for e in entries if e.is_file() and _reader_of(e) and header_of(e) not in entries]
 
 
 def header_of(file: Path) -> Path | None:

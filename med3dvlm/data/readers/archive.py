@@ -25,6 +25,8 @@ def unpacked(path: Path, max_voxels: int):
     with tempfile.TemporaryDirectory(prefix="med3dvlm-") as temporary:
         with decoding(path), zipfile.ZipFile(path) as archive:
             members = _checked(path, archive.infolist(), max_voxels)
+            if len(members) == 1:
+                members[0].filename = _nameless(members[0].filename)
             for member in members:
                 archive.extract(member, temporary)
         folder = Path(temporary)
@@ -34,6 +36,18 @@ def unpacked(path: Path, max_voxels: int):
             yield folder
         except VolumeError as error:
             raise error.renamed(str(folder), str(path)).renamed(temporary, str(path)) from error
+
+
+def _nameless(name: str) -> str:
+    """The name under which a volume file that is alone in its archive is unpacked.
+
+    Where this process is killed outright the file stays, and should not bear the name of a patient. Several files keep
+    their names: headers refer to files, and messages to slices.
+    """
+    from med3dvlm.data.readers import ENDINGS  # which imports this module
+
+    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), None)
+    return name if ending is None else f"1{ending}"
 
 
 def _checked(path: Path, members: list[zipfile.ZipInfo], max_voxels: int) -> list[zipfile.ZipInfo]:

@@ -27,6 +27,7 @@ from med3dvlm.data.scratch import put
 HEADER_LIMIT = 1 << 20
 IO_NAMES = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 MODALITIES = {"MET_MOD_CT": "CT", "MET_MOD_MR": "MR"}
+ANATOMICAL_SPACE = r"(left|right)[- ]?(anterior|posterior)[- ]?superior([- ]?time)?|[LR][AP]ST?"  # of NRRD
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -62,9 +63,16 @@ def read_itk(path: Path, reading: Reading) -> Decoded:
         array = empty_turned(size[2::-1], affine, reading.scratch)  # [k, j, i]
         put(array, sitk.GetArrayViewFromImage(image))  # the view doesn't keep the image alive
     warnings = ()
-    if not {"space", "space dimension", "transformmatrix", "rotation", "orientation"} & fields.keys():
+    if not _says_orientation(path, fields):
         warnings = (f"{path.name} says nothing about its orientation: left and right are guessed",)
     return Decoded(array, affine, modality=MODALITIES.get(fields.get("modality", ""), ""), warnings=warnings)
+
+
+def _says_orientation(path: Path, fields: dict[str, str]) -> bool:
+    """Whether a header says how its axes lie in a patient. NRRD may have directions in a space of another kind."""
+    if path.suffix.lower() in (".nrrd", ".nhdr"):
+        return re.fullmatch(ANATOMICAL_SPACE, fields.get("space", ""), re.IGNORECASE) is not None
+    return bool({"transformmatrix", "rotation", "orientation"} & fields.keys())
 
 
 def _header(path: Path) -> bytes:
