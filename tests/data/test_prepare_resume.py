@@ -67,7 +67,8 @@ def test_killed_at_any_moment_and_started_again(raw, tmp_path, workers, delay):
     assert run(raw, tmp_path / "undisturbed") == 0
     assert results(out) == results(tmp_path / "undisturbed") and len(results(out)) == 18
     assert not list(out.rglob("*.partial"))
-    assert all(file.stat().st_mtime_ns == at for file, at in before.items())  # only what was missing is done
+    again = [file for file, at in before.items() if file.stat().st_mtime_ns != at]
+    assert len(again) <= int(workers)  # only what was missing is done, and what a worker had not yet entered
     assert (out / "M3D_Cap.json").read_text().replace("out/", "undisturbed/") == (
         tmp_path / "undisturbed/M3D_Cap.json"
     ).read_text()

@@ -205,7 +205,7 @@ def test_other_errors_keep_their_traceback():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--model_name_or_path", "/dev/null"], "a model from /dev/null: "),
+    (["--model_name_or_path", "/dev/null"], "/dev/null is a file: name the folder"),
     (["--vision_variant", "huge"], "huge"),
     (["--input_size", "0", "64", "32"], "size"),
     (["--image_cache", "/dev/null"], "/dev/null.*name another folder"),
