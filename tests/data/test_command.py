@@ -78,14 +78,14 @@ def wait_until(happened, seconds=60):
 def test_a_command_that_is_told_to_end_removes_what_it_unpacked(reading, tmp_path, number):
     process = reading("volume")
     process.send_signal(number)
-    assert process.wait(20) == 128 + number and not unpacked_in(tmp_path)
+    assert process.wait(60) == 128 + number and not unpacked_in(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["prepare", "workers", pytest.param("demo", marks=pytest.mark.slow)])
 def test_so_do_the_other_commands_that_unpack_scans(reading, tmp_path, name):
     process = reading(name, 2 if name == "workers" else 1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143 and not unpacked_in(tmp_path)
+    assert process.wait(60) == 143 and not unpacked_in(tmp_path)
 
 
 @pytest.mark.slow
@@ -93,21 +93,21 @@ def test_the_whole_group_is_told_to_end(reading, tmp_path):
     """As by a scheduler; workers hear of it twice."""
     process = reading("workers", 2)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(20) == 143 and not unpacked_in(tmp_path)
+    assert process.wait(60) == 143 and not unpacked_in(tmp_path)
 
 
 def test_workers_end_when_their_parent_is_gone(reading, tmp_path):
     process = reading("workers", 2)
     process.kill()
     process.wait()
-    wait_until(lambda: not unpacked_in(tmp_path), 20)
+    wait_until(lambda: not unpacked_in(tmp_path))
 
 
 def test_an_interrupt_ends_the_workers_at_once(reading, tmp_path):
     process = reading("workers", 2)
     start = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) == 130 and time.monotonic() - start < 15
+    assert process.wait(60) == 130 and time.monotonic() - start < 25
     assert not unpacked_in(tmp_path)
 
 

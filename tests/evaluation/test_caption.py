@@ -8,6 +8,7 @@ from med3dvlm.evaluation import caption, common
 from med3dvlm.evaluation.command import RequestError
 from med3dvlm.inference import QuestionError
 from med3dvlm.model.weights import CheckpointError
+from tests.helpers.metric_script import metric_script
 
 
 def run(data_root, vlm_folder, output, *more):
@@ -97,27 +98,13 @@ def test_a_metric_that_fails_loses_no_answers(data_root, vlm_folder, tmp_path):
     """A metric of numbers can be loaded, and finds out at the end that answers are texts."""
     run(data_root, vlm_folder, tmp_path / "scored")
     (tmp_path / "fails").mkdir()
-    (tmp_path / "fails" / "fails.py").write_text(FAILING_METRIC)
+    (tmp_path / "fails" / "fails.py").write_text(metric_script("fails", "raise RuntimeError('no numbers')"))
     run(data_root, vlm_folder, tmp_path / "out", "--limit", "2")
     with pytest.raises(RuntimeError, match="no numbers"):
         run(data_root, vlm_folder, tmp_path / "out", "--extra_metric", str(tmp_path / "fails"))
     kept, scored = predictions(tmp_path / "out"), predictions(tmp_path / "scored")
     assert len(kept) == 6 and all(row.items() >= answer.items() for row, answer in zip(scored, kept, strict=True))
     assert not (tmp_path / "out" / "summary.json").exists(), "the summary of the run before, of two answers"
-
-
-FAILING_METRIC = """
-import datasets
-import evaluate
-
-class Fails(evaluate.Metric):
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description="", citation="", features=features)
-
-    def _compute(self, predictions, references):
-        raise RuntimeError("no numbers")
-"""
 
 
 @pytest.mark.parametrize("missing", ["--cap_data_path", "--model_name_or_path"])

@@ -6,6 +6,7 @@ import pytest
 from med3dvlm.data.prompts import closed_answer
 from med3dvlm.evaluation import metrics
 from tests.helpers.golden import load_golden, rule_uniform
+from tests.helpers.metric_script import metric_script
 from tests.helpers.tiny_model import write_tiny_text_encoder
 
 
@@ -105,25 +106,16 @@ def test_distinct_share():
     assert metrics.distinct_share([]) == 0
 
 
-METRIC_SCRIPT = """
-import datasets
-import evaluate
-
-class FirstWord(evaluate.Metric):
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description="", citation="", features=features)
-
-    def _compute(self, predictions, references):
-        hits = [p.split()[0] == r.split()[0] for p, r in zip(predictions, references)]
-        return {"first_word": sum(hits) / len(hits), "note": "text results are left out"}
+FIRST_WORD = """\
+hits = [p.split()[0] == r.split()[0] for p, r in zip(predictions, references)]
+return {"first_word": sum(hits) / len(hits), "note": "text results are left out"}
 """
 
 
 def test_extra_metric_from_a_local_folder(tmp_path):
     folder = tmp_path / "first_word"
     folder.mkdir()
-    (folder / "first_word.py").write_text(METRIC_SCRIPT)
+    (folder / "first_word.py").write_text(metric_script("first_word", FIRST_WORD))
     assert metrics.extra_metric(str(folder), ["a b", "c"], ["a x", "d"]) == {"first_word": 0.5}
 
 
