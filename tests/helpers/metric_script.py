@@ -11,8 +11,8 @@ import evaluate
 
 class {name.title().replace("_", "")}(evaluate.Metric):
     def _info(self):
-        features = datasets.Features({{"predictions": datasets.Value("string"), "references": datasets.Value("string")}})
-        return evaluate.MetricInfo(description="", citation="", features=features)
+        texts = {{name: datasets.Value("string") for name in ("predictions", "references")}}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(texts))
 
     def _compute(self, predictions, references):
 {indent(compute, 8 * ' ')}
