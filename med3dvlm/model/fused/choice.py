@@ -206,9 +206,8 @@ class Cache:
     def __init__(self, tensors: list[Tensor], folded: Callable[[Tensor], list[Tensor]]):
         self.sources = [tensor.detach() for tensor in tensors]
         self.states, self.folded = states_of(tensors), folded
-        on_cpu = [
-            tensor for tensor in self.sources if tensor.device.type == "cpu"
-        ]  # others would have to be waited for
+        # Those elsewhere would have to be waited for.
+        on_cpu = [tensor for tensor in self.sources if tensor.device.type == "cpu"]
         self.some = [tensor[(slice(16), *[0] * (tensor.ndim - 1))] for tensor in on_cpu if tensor.ndim]
         self.sample = self._look()
 
